@@ -1,0 +1,17 @@
+// The one exception type of the native layer. A kernel throws it; the executor attaches the op's name and carries
+// it to the next read.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace kg {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// printf-style; never returns. Defined in error.cc so that no std code is emitted in ISA-specific files.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+}  // namespace kg
