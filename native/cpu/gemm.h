@@ -1,0 +1,34 @@
+// Matrix product of strided matrices: what matmul, attention and the vocabulary head are built on.
+// Never looks at tensors or batches; never lets a row's value depend on M, on its neighbours or on the threads.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime/dtype.h"
+
+namespace kg::cpu {
+
+// C[i,j] = alpha * sum_k A(i,k) B(k,j) (+ bias[j]) (+ C[i,j]). Strides are in elements and may be anything, 0 and
+// negative included; C has unit column stride and overlaps no input. M = 0 or N = 0 does nothing; K = 0 sums to zero.
+struct Gemm {
+  DType in;   // of A, B and bias: F32, F64 or BF16
+  DType out;  // of C: the same, or F32 for BF16 inputs
+  int64_t M, N, K;
+  const void* a;  // A(i,k) = a[i * aRow + k * aCol]
+  int64_t aRow, aCol;
+  const void* b;  // B(k,j) = b[k * bRow + j * bCol]
+  int64_t bRow, bCol;
+  void* c;  // C(i,j) = c[i * cRow + j]; not read unless `accumulate`
+  int64_t cRow;
+  double alpha = 1;
+  bool accumulate = false;
+  const void* bias = nullptr;  // [N], or null
+};
+
+namespace KG_ISA {
+
+// Multi-threaded; serial when called inside parallelFor. bfloat16 accumulates in float32 and is rounded once.
+void gemm(const Gemm& g);
+
+}  // namespace KG_ISA
+}  // namespace kg::cpu
