@@ -4,6 +4,7 @@
 import { type FileHandle, open, stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { didYouMean, KeelgradError, show } from '../errors.js';
+import { isRecord } from './fields.js';
 import { readJsonFile } from './json-file.js';
 
 /** Bytes per element of every dtype of the format that fills whole bytes, in the format's own order. */
@@ -44,8 +45,6 @@ export interface SafetensorsHeader {
 
 const MAX_HEADER_BYTES = 100_000_000;
 
-const isRecord = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null && !Array.isArray(value);
 const isCount = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 0;
 
 /** Bytes of a tensor, or undefined where they do not fit an exact number. */

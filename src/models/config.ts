@@ -2,7 +2,8 @@
 // Never guesses: what changes the numbers and is not supported is an error that names the field.
 
 import { isDeepStrictEqual } from 'node:util';
-import { didYouMean, KeelgradError, show } from '../errors.js';
+import { KeelgradError, show } from '../errors.js';
+import { Fields, isRecord } from '../io/fields.js';
 import { parseJson, readTextFileIfPresent } from '../io/json-file.js';
 
 export type Architecture = 'llama' | 'qwen2';
@@ -49,61 +50,6 @@ export interface ModelConfig {
 const ARCHITECTURES: Record<string, Architecture> = { LlamaForCausalLM: 'llama', Qwen2ForCausalLM: 'qwen2' };
 const SUPPORTED = Object.keys(ARCHITECTURES).join(', ');
 const FILE_DTYPES: readonly ModelFileDtype[] = ['float64', 'float32', 'bfloat16', 'float16'];
-
-const isRecord = (value: unknown): value is Record<string, unknown> =>
-  typeof value === 'object' && value !== null && !Array.isArray(value);
-
-/** Typed, range-checked reads of one JSON object. `null` counts as absent, as it does in transformers. */
-class Fields {
-  constructor(
-    readonly source: string,
-    readonly object: Readonly<Record<string, unknown>>,
-    private readonly prefix = '',
-  ) {}
-
-  error(name: string, expected: string, remedy = ''): KeelgradError {
-    const found = show(this.object[name]);
-    return new KeelgradError(`${this.source}: ${this.prefix}${name}: expected ${expected}, found ${found}${remedy}`);
-  }
-
-  has(name: string): boolean {
-    return this.object[name] !== undefined && this.object[name] !== null;
-  }
-
-  read<T>(name: string, fallback: T | undefined, expected: string, accepts: (value: unknown) => value is T): T {
-    if (!this.has(name)) {
-      if (fallback !== undefined) return fallback;
-      throw this.error(name, expected, didYouMean(name, Object.keys(this.object)));
-    }
-    const value = this.object[name];
-    if (!accepts(value)) throw this.error(name, expected);
-    return value;
-  }
-
-  count(name: string, fallback?: number): number {
-    const accepts = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) > 0;
-    return this.read(name, fallback, 'a positive integer', accepts);
-  }
-
-  positive(name: string, fallback?: number): number {
-    const accepts = (value: unknown): value is number => Number.isFinite(value) && (value as number) > 0;
-    return this.read(name, fallback, 'a positive number', accepts);
-  }
-
-  flag(name: string, fallback: boolean): boolean {
-    return this.read(name, fallback, 'true or false', (value): value is boolean => typeof value === 'boolean');
-  }
-
-  text(name: string, fallback?: string): string {
-    return this.read(name, fallback, 'a string', (value): value is string => typeof value === 'string');
-  }
-
-  /** Refuses a switch that changes the numbers, unless it stands at the value that does nothing. */
-  inert(name: string, values: readonly unknown[], what: string): void {
-    if (!this.has(name) || values.some((value) => isDeepStrictEqual(value, this.object[name]))) return;
-    throw new KeelgradError(`${this.source}: ${this.prefix}${name} is ${show(this.object[name])}: ${what}`);
-  }
-}
 
 function readArchitecture(fields: Fields): Architecture {
   const unsupported = (name: string, value: unknown) =>
