@@ -2,7 +2,7 @@
 // Knows no file format; never changes the object.
 
 import { isDeepStrictEqual } from 'node:util';
-import { didYouMean, KeelgradError, show } from '../errors.js';
+import { KeelgradError, show } from '../errors.js';
 
 export const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === 'object' && value !== null && !Array.isArray(value);
@@ -20,9 +20,9 @@ export class Fields {
     this.prefix = prefix;
   }
 
-  error(name: string, expected: string, remedy = ''): KeelgradError {
+  error(name: string, expected: string): KeelgradError {
     const found = show(this.object[name]);
-    return new KeelgradError(`${this.source}: ${this.prefix}${name}: expected ${expected}, found ${found}${remedy}`);
+    return new KeelgradError(`${this.source}: ${this.prefix}${name}: expected ${expected}, found ${found}`);
   }
 
   has(name: string): boolean {
@@ -32,7 +32,7 @@ export class Fields {
   read<T>(name: string, fallback: T | undefined, expected: string, accepts: (value: unknown) => value is T): T {
     if (!this.has(name)) {
       if (fallback !== undefined) return fallback;
-      throw this.error(name, expected, didYouMean(name, Object.keys(this.object)));
+      throw this.error(name, expected);
     }
     const value = this.object[name];
     if (!accepts(value)) throw this.error(name, expected);

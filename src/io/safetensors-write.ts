@@ -28,7 +28,7 @@ function sizeOf(source: TensorSource): number {
   return bytes;
 }
 
-function encodeHeader(sources: readonly TensorSource[], metadata?: Readonly<Record<string, string>>): Buffer {
+function encodeHeader(sources: readonly TensorSource[], metadata: Readonly<Record<string, string>> | null): Buffer {
   const entries: [string, unknown][] = metadata ? [['__metadata__', metadata]] : [];
   const names = new Set(['__metadata__']);
   let position = 0;
@@ -55,11 +55,11 @@ async function writeAll(file: FileHandle, bytes: Uint8Array): Promise<void> {
   }
 }
 
-/** Writes one file. `metadata` defaults to the `{"format": "pt"}` that transformers and PEFT ask for. */
+/** Writes one file. `metadata` defaults to the `{"format": "pt"}` that transformers and PEFT ask for; null: none. */
 export async function writeSafetensors(
   path: string,
   tensors: Iterable<TensorSource>,
-  metadata: Readonly<Record<string, string>> = { format: 'pt' },
+  metadata: Readonly<Record<string, string>> | null = { format: 'pt' },
 ): Promise<void> {
   const sources = [...tensors].sort(inFileOrder);
   const header = encodeHeader(sources, metadata);
