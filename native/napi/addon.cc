@@ -1,0 +1,397 @@
+// The only file that knows Node. Dispatch is generic: JavaScript writes a command (kernel, tensor views, attributes) into a
+// shared buffer and calls submit, so this file does not grow with ops.
+//
+// Command buffer, all numbers doubles: kernel id, stream, number of tensors, number of attributes, then a tensor:
+// storage handle (-1: absent), dtype, byte offset, ndim, shape..., strides...; then the attributes.
+#include <napi.h>
+
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "ops/backend.h"
+#include "runtime/device.h"
+#include "runtime/error.h"
+#include "runtime/threads.h"
+
+namespace {
+
+using kg::Fault;
+using kg::Storage;
+using kg::Stream;
+using kg::TensorView;
+
+constexpr size_t kCommandDoubles = 1 << 17;
+
+struct Completion {
+  napi_deferred deferred;
+  napi_ref target;  // keeps the destination buffer alive
+  Fault fault;
+};
+
+// One per environment (main thread or worker). Streams are created on first use of their device.
+class Instance {
+ public:
+  explicit Instance(napi_env env) : env_(env) {
+    napi_value name;
+    napi_create_string_utf8(env, "keelgrad", NAPI_AUTO_LENGTH, &name);
+    napi_create_threadsafe_function(env, nullptr, nullptr, name, 0, 1, nullptr, nullptr, this, deliver, &notify_);
+    napi_unref_threadsafe_function(env, notify_);
+  }
+
+  ~Instance() {
+    streams_.clear();  // joins the executors; nothing calls notify_ afterwards
+    napi_release_threadsafe_function(notify_, napi_tsfn_abort);
+  }
+
+  double* commands() { return commands_.get(); }
+  napi_env env() const { return env_; }
+
+  int open(const std::string& device) {
+    streams_.push_back(kg::makeStream(device));
+    return static_cast<int>(streams_.size()) - 1;
+  }
+
+  Stream& stream(double index) {
+    if (!(index >= 0) || index >= static_cast<double>(streams_.size())) kg::fail("unknown stream %g", index);
+    return *streams_[static_cast<size_t>(index)];
+  }
+
+  void submit() {
+    const double* p = commands_.get();
+    const double* end = p + kCommandDoubles;
+    auto id = static_cast<int>(p[0]);
+    Stream& target = stream(p[1]);
+    auto tensors = static_cast<size_t>(p[2]), attributes = static_cast<size_t>(p[3]);
+    p += 4;
+    if (id < 0 || id >= kg::kKernelCount) kg::fail("unknown kernel %d", id);
+    views_.resize(tensors);
+    owners_.resize(tensors);
+    for (size_t i = 0; i < tensors; i++) {
+      if (p + 4 + 2 * kg::kMaxDims > end) kg::fail("a command with %zu tensors is too long", tensors);
+      p = decode(target, p, views_[i], owners_[i]);
+    }
+    if (p + attributes > end) kg::fail("a command with %zu attributes is too long", attributes);
+    target.launch(static_cast<kg::KernelId>(id), views_.data(), owners_.data(), static_cast<int>(tensors), p,
+                  static_cast<int>(attributes));
+  }
+
+  // Resolves `deferred` on the JavaScript thread once the copy has run.
+  void download(Stream& from, Storage* storage, size_t offset, void* to, size_t count, napi_value target,
+                napi_deferred deferred) {
+    napi_ref keep;
+    napi_create_reference(env_, target, 1, &keep);
+    if (pending_++ == 0) napi_ref_threadsafe_function(env_, notify_);  // Node must not exit under a pending await
+    from.download(storage, offset, to, count, [this, deferred, keep](Fault fault) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      bool first = completed_.empty();
+      completed_.push_back({deferred, keep, std::move(fault)});
+      if (first) napi_call_threadsafe_function(notify_, nullptr, napi_tsfn_nonblocking);
+    });
+  }
+
+ private:
+  const double* decode(Stream& target, const double* p, TensorView& view, Storage*& owner) {
+    view = {};
+    owner = nullptr;
+    double handle = p[0];
+    view.dtype = static_cast<kg::DType>(static_cast<int>(p[1]));
+    auto offset = static_cast<int64_t>(p[2]);
+    view.ndim = static_cast<int32_t>(p[3]);
+    if (view.ndim < 0 || view.ndim > kg::kMaxDims) kg::fail("expected at most %d axes, found %d", kg::kMaxDims, view.ndim);
+    if (handle < 0) {
+      view.dtype = kg::DType::None;
+      return p + 4;
+    }
+    owner = &target.storages().at(handle);
+    auto size = static_cast<int64_t>(kg::dtypeSize(view.dtype));
+    int64_t last = 0;
+    bool empty = false;
+    for (int i = 0; i < view.ndim; i++) {
+      view.shape[i] = static_cast<int64_t>(p[4 + i]);
+      view.strides[i] = static_cast<int64_t>(p[4 + view.ndim + i]);
+      if (view.shape[i] < 0 || view.strides[i] < 0) kg::fail("negative shape or stride");
+      if (view.shape[i] == 0) empty = true;
+      last += (view.shape[i] - 1) * view.strides[i];
+    }
+    if (offset < 0 || (!empty && offset + (last + 1) * size > static_cast<int64_t>(owner->bytes)))
+      kg::fail("a view of %lld bytes at %lld lies outside of its storage of %zu bytes",
+               static_cast<long long>((last + 1) * size), static_cast<long long>(offset), owner->bytes);
+    view.data = owner->data + offset;
+    return p + 4 + 2 * view.ndim;
+  }
+
+  static void deliver(napi_env env, napi_value, void* context, void*) {
+    auto* self = static_cast<Instance*>(context);
+    std::deque<Completion> done;
+    {
+      std::lock_guard<std::mutex> lock(self->mutex_);
+      done.swap(self->completed_);
+    }
+    if (!env) return;
+    for (Completion& c : done) {
+      napi_value value;
+      if (c.fault) {
+        napi_value text;
+        napi_create_string_utf8(env, c.fault->c_str(), NAPI_AUTO_LENGTH, &text);
+        napi_create_error(env, nullptr, text, &value);
+        napi_reject_deferred(env, c.deferred, value);
+      } else {
+        napi_get_reference_value(env, c.target, &value);
+        napi_resolve_deferred(env, c.deferred, value);
+      }
+      napi_delete_reference(env, c.target);
+    }
+    self->pending_ -= done.size();
+    if (self->pending_ == 0 && !done.empty()) napi_unref_threadsafe_function(env, self->notify_);
+  }
+
+  napi_env env_;
+  napi_threadsafe_function notify_ = nullptr;
+  std::vector<std::unique_ptr<Stream>> streams_;
+  std::unique_ptr<double[]> commands_{new double[kCommandDoubles]};
+  std::vector<TensorView> views_;
+  std::vector<Storage*> owners_;
+  std::mutex mutex_;
+  std::deque<Completion> completed_;  // guarded by mutex_
+  size_t pending_ = 0;
+};
+
+Instance* instanceOf(napi_env env) {
+  void* data = nullptr;
+  napi_get_instance_data(env, &data);
+  return static_cast<Instance*>(data);
+}
+
+// Raw callbacks: a call costs tens of nanoseconds, and every op makes one. Body is called as body(instance, args);
+// a C++ exception becomes a JavaScript error.
+template <int N, class Body>
+napi_value guarded(napi_env env, napi_callback_info info, Body body) {
+  napi_value args[N > 0 ? N : 1];
+  size_t count = N;
+  napi_get_cb_info(env, info, &count, args, nullptr, nullptr);
+  try {
+    return body(instanceOf(env), args);
+  } catch (const std::exception& e) {
+    napi_throw_error(env, nullptr, e.what());
+    return nullptr;
+  }
+}
+
+double number(napi_env env, napi_value v) {
+  double d = 0;
+  if (napi_get_value_double(env, v, &d) != napi_ok) kg::fail("expected a number");
+  return d;
+}
+
+std::string text(napi_env env, napi_value v) {
+  size_t length = 0;
+  if (napi_get_value_string_utf8(env, v, nullptr, 0, &length) != napi_ok) kg::fail("expected a string");
+  std::string s(length, '\0');
+  napi_get_value_string_utf8(env, v, s.data(), length + 1, &length);
+  return s;
+}
+
+napi_value toValue(napi_env env, double d) {
+  napi_value v;
+  napi_create_double(env, d, &v);
+  return v;
+}
+
+struct Bytes {
+  void* data;
+  size_t count;
+};
+
+Bytes bytesOf(napi_env env, napi_value v) {
+  napi_typedarray_type type;
+  size_t length, offset;
+  napi_value buffer;
+  Bytes b{};
+  if (napi_get_typedarray_info(env, v, &type, &length, &b.data, &buffer, &offset) != napi_ok || type != napi_uint8_array)
+    kg::fail("expected a Uint8Array");
+  b.count = length;
+  return b;
+}
+
+void requireRange(const Storage& s, double offset, size_t count) {
+  if (!(offset >= 0) || offset + static_cast<double>(count) > static_cast<double>(s.bytes))
+    kg::fail("bytes %.0f to %.0f lie outside of a storage of %zu bytes", offset, offset + static_cast<double>(count), s.bytes);
+}
+
+#define KG_FUNCTION(name, arity) napi_value name(napi_env env, napi_callback_info info) { \
+  return guarded<arity>(env, info, [env](Instance* self, napi_value* args) -> napi_value { (void)args; (void)env;
+#define KG_END \
+  return nullptr; \
+  }); }
+
+KG_FUNCTION(openDevice, 1) return toValue(env, self->open(text(env, args[0])));
+KG_END
+KG_FUNCTION(createStorage, 3)
+  auto tag = static_cast<kg::Tag>(static_cast<int>(number(env, args[2])));
+  return toValue(env, self->stream(number(env, args[0])).storages().create(static_cast<size_t>(number(env, args[1])), tag));
+KG_END
+KG_FUNCTION(retainStorage, 2) self->stream(number(env, args[0])).storages().retain(number(env, args[1]));
+KG_END
+KG_FUNCTION(releaseStorage, 2) self->stream(number(env, args[0])).storages().release(number(env, args[1]));
+KG_END
+KG_FUNCTION(mapFile, 2) return toValue(env, self->stream(number(env, args[0])).storages().map(text(env, args[1]).c_str()));
+KG_END
+KG_FUNCTION(submit, 0) self->submit();
+KG_END
+
+// upload(stream, storage, byteOffset, bytes)
+KG_FUNCTION(upload, 4)
+  Stream& s = self->stream(number(env, args[0]));
+  Storage& to = s.storages().at(number(env, args[1]));
+  double offset = number(env, args[2]);
+  Bytes from = bytesOf(env, args[3]);
+  requireRange(to, offset, from.count);
+  if (to.readOnly) kg::fail("a mapped file cannot be written");
+  s.upload(&to, static_cast<size_t>(offset), from.data, from.count);
+KG_END
+
+// download(stream, storage, byteOffset, target) -> Promise<target>
+KG_FUNCTION(download, 4)
+  Stream& s = self->stream(number(env, args[0]));
+  Storage& from = s.storages().at(number(env, args[1]));
+  double offset = number(env, args[2]);
+  Bytes to = bytesOf(env, args[3]);
+  requireRange(from, offset, to.count);
+  napi_deferred deferred;
+  napi_value promise;
+  napi_create_promise(env, &deferred, &promise);
+  self->download(s, &from, static_cast<size_t>(offset), to.data, to.count, args[3], deferred);
+  return promise;
+KG_END
+
+// downloadSync(stream, storage, byteOffset, target): blocks
+KG_FUNCTION(downloadSync, 4)
+  Stream& s = self->stream(number(env, args[0]));
+  Storage& from = s.storages().at(number(env, args[1]));
+  double offset = number(env, args[2]);
+  Bytes to = bytesOf(env, args[3]);
+  requireRange(from, offset, to.count);
+  Fault fault;
+  s.download(&from, static_cast<size_t>(offset), to.data, to.count, [&fault](Fault f) { fault = std::move(f); });
+  s.synchronize();
+  if (fault) kg::fail("%s", fault->c_str());
+KG_END
+
+KG_FUNCTION(synchronize, 1)
+  Stream& s = self->stream(number(env, args[0]));
+  s.synchronize();
+  if (Fault fault = s.takeFault()) kg::fail("%s", fault->c_str());
+KG_END
+
+KG_FUNCTION(setSynchronous, 2)
+  bool on = false;
+  napi_get_value_bool(env, args[1], &on);
+  self->stream(number(env, args[0])).setSynchronous(on);
+KG_END
+
+KG_FUNCTION(setThreads, 1) kg::setThreadCount(static_cast<int>(number(env, args[0])));
+KG_END
+KG_FUNCTION(getThreads, 0) return toValue(env, kg::threadCount());
+KG_END
+KG_FUNCTION(trim, 1) return toValue(env, static_cast<double>(self->stream(number(env, args[0])).storages().trim()));
+KG_END
+KG_FUNCTION(resetPeak, 1) self->stream(number(env, args[0])).storages().resetPeak();
+KG_END
+
+// memory(stream, Float64Array-like out of 9): storages, allocated, peak, reserved, then bytes by tag
+KG_FUNCTION(memory, 1)
+  auto& table = self->stream(number(env, args[0])).storages();
+  const kg::MemoryCounters& c = table.counters();
+  Napi::Array out = Napi::Array::New(env);
+  double values[] = {double(c.storages), double(c.allocated), double(c.peak), double(table.reserved())};
+  uint32_t at = 0;
+  for (double v : values) out.Set(at++, v);
+  for (size_t v : c.byTag) out.Set(at++, double(v));
+  return out;
+KG_END
+
+// adjustExternal(bytes): tells V8 about memory that its objects hold on to
+KG_FUNCTION(adjustExternal, 1)
+  int64_t now;
+  napi_adjust_external_memory(env, static_cast<int64_t>(number(env, args[0])), &now);
+KG_END
+
+KG_FUNCTION(describe, 0)
+  Napi::Env e(env);
+  Napi::Object out = Napi::Object::New(e);
+  out.Set("isa", kg::cpuKernels().name);
+  Napi::Array features = Napi::Array::New(e);
+  for (const auto& f : kg::cpuFeatures()) features.Set(features.Length(), f);
+  out.Set("cpuFeatures", features);
+  kg::CudaStatus cuda = kg::cudaStatus();
+  Napi::Object c = Napi::Object::New(e);
+  c.Set("available", cuda.available);
+  if (!cuda.available) {
+    c.Set("reason", cuda.reason);
+    c.Set("remedy", cuda.remedy);
+  }
+  out.Set("cuda", c);
+  return out;
+KG_END
+
+void define(napi_env env, napi_value exports, const char* name, napi_callback f) {
+  napi_value value;
+  napi_create_function(env, name, NAPI_AUTO_LENGTH, f, nullptr, &value);
+  napi_set_named_property(env, exports, name, value);
+}
+
+Napi::Array kernelList(Napi::Env env) {
+  Napi::Array list = Napi::Array::New(env, kg::kKernelCount);
+  for (uint32_t i = 0; i < kg::kKernelCount; i++) {
+    const kg::KernelSignature& s = kg::kernelSignatures()[i];
+    Napi::Object row = Napi::Object::New(env);
+    row.Set("name", s.name);
+    row.Set("outputs", s.outputs);
+    row.Set("inputs", s.inputs);
+    row.Set("attributes", s.attributes);
+    list.Set(i, row);
+  }
+  return list;
+}
+
+}  // namespace
+
+NAPI_MODULE_INIT() {
+  auto* instance = new Instance(env);
+  napi_set_instance_data(env, instance, nullptr, nullptr);
+  // A cleanup hook and not the finalizer of the instance data: it runs while the environment can still release things.
+  napi_add_env_cleanup_hook(env, [](void* data) { delete static_cast<Instance*>(data); }, instance);
+
+#define KG_DEFINE(f) define(env, exports, #f, f)
+  KG_DEFINE(openDevice);
+  KG_DEFINE(createStorage);
+  KG_DEFINE(retainStorage);
+  KG_DEFINE(releaseStorage);
+  KG_DEFINE(mapFile);
+  KG_DEFINE(submit);
+  KG_DEFINE(upload);
+  KG_DEFINE(download);
+  KG_DEFINE(downloadSync);
+  KG_DEFINE(synchronize);
+  KG_DEFINE(setSynchronous);
+  KG_DEFINE(setThreads);
+  KG_DEFINE(getThreads);
+  KG_DEFINE(trim);
+  KG_DEFINE(resetPeak);
+  KG_DEFINE(memory);
+  KG_DEFINE(adjustExternal);
+  KG_DEFINE(describe);
+#undef KG_DEFINE
+
+  napi_value buffer, view;
+  if (napi_create_external_arraybuffer(env, instance->commands(), kCommandDoubles * sizeof(double), nullptr, nullptr, &buffer) == napi_ok) {
+    napi_create_typedarray(env, napi_float64_array, kCommandDoubles, buffer, 0, &view);
+    napi_set_named_property(env, exports, "commands", view);
+  }
+  Napi::Env e(env);
+  napi_set_named_property(env, exports, "kernels", kernelList(e));
+  return exports;
+}

@@ -1,0 +1,59 @@
+// A caching allocator for one stream. Freed memory is reused at once: commands run in the order in which they were
+// enqueued, so whatever still reads the old contents runs before whatever writes the new ones. Memory therefore
+// never goes back to the system while the stream has work in flight (the caller synchronizes before trim()).
+// Used from the thread that enqueues only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <set>
+#include <unordered_map>
+#include <vector>
+
+namespace kg {
+
+// Where device memory comes from. acquire returns nullptr when there is none.
+struct MemorySource {
+  void* (*acquire)(size_t bytes);
+  void (*release)(void* memory, size_t bytes);
+};
+
+class CachingAllocator {
+ public:
+  explicit CachingAllocator(MemorySource source) : source_(source) {}
+  ~CachingAllocator();
+  CachingAllocator(const CachingAllocator&) = delete;
+
+  // 64-byte aligned; nullptr when the source has no more. bytes > 0.
+  void* allocate(size_t bytes);
+  // bytes: as they were asked for.
+  void release(void* memory, size_t bytes);
+  // Gives wholly free segments back to the source; returns the number of bytes.
+  size_t trim();
+  size_t reserved() const { return reserved_; }
+
+ private:
+  struct Block {  // a piece of a segment; neighbours by address
+    char* begin;
+    size_t size;
+    bool free;
+    char *previous, *next;  // nullptr at the ends of the segment
+    char* segment;
+  };
+  using FreeKey = std::pair<size_t, char*>;
+
+  void* allocateLarge(size_t bytes);
+  void releaseLarge(char* begin);
+  void* allocateSmall(int sizeClass);
+
+  MemorySource source_;
+  std::unordered_map<char*, Block> blocks_;
+  std::set<FreeKey> free_;
+  std::unordered_map<char*, size_t> segments_;
+  std::vector<char*> smallFree_[64];
+  size_t reserved_ = 0;
+};
+
+MemorySource hostMemory();
+
+}  // namespace kg

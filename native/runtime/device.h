@@ -1,0 +1,34 @@
+// The devices of this process and what they can do. A device supplies a kernel table and a source of memory; streams
+// are made over them. Knows no Node.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/stream.h"
+
+namespace kg {
+
+// Contract data that every backend shares: one entry a kernel, in the order of KernelId.
+struct KernelSignature {
+  const char *name, *outputs, *inputs, *attributes;
+};
+const KernelSignature* kernelSignatures();
+const KernelInfo* kernelInfos();
+constexpr int kKernelCount = static_cast<int>(KernelId::count);
+
+// The best kernel table that this processor runs, or the one that KEELGRAD_ISA names (base, avx2, avx512).
+const KernelTable& cpuKernels();
+std::vector<std::string> cpuFeatures();
+
+struct CudaStatus {
+  bool available;
+  std::string reason, remedy;  // why not, and what to do about it
+};
+CudaStatus cudaStatus();
+
+// device: "cpu", "cuda:0"... Throws where the device is not available.
+std::unique_ptr<Stream> makeStream(const std::string& device);
+
+}  // namespace kg

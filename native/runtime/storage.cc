@@ -1,0 +1,139 @@
+#include "runtime/storage.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "runtime/error.h"
+
+namespace kg {
+namespace {
+constexpr double kIndexSpace = 16777216.0;  // 2^24 slots
+
+double generationOf(double handle) { return static_cast<double>(static_cast<uint64_t>(handle / kIndexSpace)); }
+double indexOf(double handle) { return handle - generationOf(handle) * kIndexSpace; }
+}  // namespace
+
+Mapping::~Mapping() {
+  if (data) munmap(data, bytes);
+}
+
+Storage& StorageTable::newSlot(double* handle) {
+  uint32_t index;
+  if (freeSlots_.empty()) {
+    index = static_cast<uint32_t>(slots_.size());
+    if (index >= kIndexSpace) fail("more than 16,777,216 live tensors; dispose of tensors or use scope()");
+    slots_.emplace_back();
+  } else {
+    index = freeSlots_.back();
+    freeSlots_.pop_back();
+  }
+  Storage& s = slots_[index];
+  s.generation = (s.generation + 1) & 0xfffffff;
+  s.references = 1;
+  s.readOnly = false;
+  counters_.storages++;
+  hooks_.renewed(&s);
+  *handle = index + s.generation * kIndexSpace;
+  return s;
+}
+
+char* StorageTable::obtain(size_t bytes) {
+  size_t padded = guards_ ? bytes + 2 * kGuard : bytes;
+  void* memory = allocator_.allocate(padded);
+  if (!memory) {
+    hooks_.synchronize();
+    if (allocator_.trim()) memory = allocator_.allocate(padded);
+  }
+  if (!memory) {
+    const size_t* t = counters_.byTag;
+    constexpr double mib = 1 << 20;
+    fail("out of memory: %.1f MiB asked for; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "
+         "activations %.1f MiB; try a smaller batch, a shorter max length, or LoRA in place of full training",
+         bytes / mib, t[1] / mib, t[2] / mib, t[3] / mib, t[4] / mib, t[0] / mib);
+  }
+  char* data = static_cast<char*>(memory);
+  if (!guards_) return data;
+  hooks_.filled(data, padded);
+  return data + kGuard;
+}
+
+double StorageTable::create(size_t bytes, Tag tag) {
+  char* data = bytes ? obtain(bytes) : nullptr;
+  double handle;
+  Storage& s = newSlot(&handle);
+  s.data = data;
+  s.bytes = bytes;
+  s.tag = tag;
+  counters_.allocated += bytes;
+  counters_.byTag[static_cast<int>(tag)] += bytes;
+  if (counters_.allocated > counters_.peak) counters_.peak = counters_.allocated;
+  return handle;
+}
+
+double StorageTable::map(const char* path) {
+  auto mapping = std::make_shared<Mapping>();
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  struct stat info;
+  if (fd < 0 || fstat(fd, &info) != 0) {
+    int error = errno;
+    if (fd >= 0) close(fd);
+    fail("cannot open %s: %s", path, strerror(error));
+  }
+  mapping->bytes = static_cast<size_t>(info.st_size);
+  if (mapping->bytes) {
+    void* data = mmap(nullptr, mapping->bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (data != MAP_FAILED) mapping->data = data;
+  }
+  close(fd);
+  if (mapping->bytes && !mapping->data) fail("cannot map %s: %s", path, strerror(errno));
+  double handle;
+  Storage& s = newSlot(&handle);
+  s.data = static_cast<char*>(mapping->data);
+  s.bytes = mapping->bytes;
+  s.readOnly = true;
+  s.mapping = std::move(mapping);
+  return handle;
+}
+
+Storage& StorageTable::at(double handle) {
+  if (!(handle >= 0)) fail("unknown storage handle %.0f", handle);
+  double generation = generationOf(handle), index = indexOf(handle);
+  if (index >= static_cast<double>(slots_.size())) fail("unknown storage handle %.0f", handle);
+  Storage& s = slots_[static_cast<size_t>(index)];
+  if (s.references == 0 || s.generation != static_cast<uint32_t>(generation))
+    fail("a tensor was used after it was disposed of");
+  return s;
+}
+
+void StorageTable::release(double handle) {
+  Storage& s = at(handle);
+  if (--s.references > 0) return;
+  if (s.mapping) {
+    hooks_.synchronize();  // a command in flight may still read the file
+    s.mapping.reset();
+  } else if (s.data) {
+    if (guards_) {
+      hooks_.check(s.data - kGuard, s.bytes + 2 * kGuard);
+      allocator_.release(s.data - kGuard, s.bytes + 2 * kGuard);
+    } else {
+      allocator_.release(s.data, s.bytes);
+    }
+    counters_.allocated -= s.bytes;
+    counters_.byTag[static_cast<int>(s.tag)] -= s.bytes;
+  }
+  s.data = nullptr;
+  counters_.storages--;
+  freeSlots_.push_back(static_cast<uint32_t>(indexOf(handle)));
+}
+
+size_t StorageTable::trim() {
+  hooks_.synchronize();
+  return allocator_.trim();
+}
+
+}  // namespace kg

@@ -1,0 +1,84 @@
+// Storages: blocks of device memory behind integer handles, with a reference count, a generation and a tag.
+//
+// A handle is index + generation * 2^24, so that a stale one is an error and not somebody else's memory. All methods
+// are called on the thread that enqueues; only `fault` belongs to the executor.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/allocator.h"
+
+namespace kg {
+
+// What an allocation is for; memory reports are by tag. The order is part of the boundary to JavaScript.
+enum class Tag : uint8_t { Activation, Weight, Gradient, Optimizer, Cache, count };
+
+// A file mapped read-only; unmapped when the last storage over it goes.
+struct Mapping {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Mapping();
+};
+
+struct Storage {
+  char* data = nullptr;
+  size_t bytes = 0;
+  uint32_t generation = 0;
+  uint32_t references = 0;  // 0: the slot is free
+  Tag tag = Tag::Activation;
+  bool readOnly = false;
+  std::shared_ptr<Mapping> mapping;
+  // Why the contents are not valid: set and cleared by the executor, in command order, so slots may be reused freely.
+  std::shared_ptr<const std::string> fault;
+};
+
+struct MemoryCounters {
+  size_t storages = 0, allocated = 0, peak = 0;
+  size_t byTag[static_cast<int>(Tag::count)] = {};
+};
+
+// What the table asks of its stream, in command order: fill and check guard zones, forget the faults of a former tenant.
+struct StreamHooks {
+  virtual void filled(char* data, size_t bytes) = 0;
+  virtual void check(char* data, size_t bytes) = 0;
+  virtual void renewed(Storage* storage) = 0;  // a slot has a new tenant
+  virtual void synchronize() = 0;              // everything enqueued so far is done
+};
+
+class StorageTable {
+ public:
+  StorageTable(MemorySource source, StreamHooks& hooks, bool guards)
+      : allocator_(source), hooks_(hooks), guards_(guards) {}
+
+  // Throws Error("out of memory ...") with what is held by whom.
+  double create(size_t bytes, Tag tag);
+  double map(const char* path);
+  void retain(double handle) { at(handle).references++; }
+  void release(double handle);
+  // Throws on a stale or unknown handle.
+  Storage& at(double handle);
+  size_t trim();
+  void resetPeak() { counters_.peak = counters_.allocated; }
+  const MemoryCounters& counters() const { return counters_; }
+  size_t reserved() const { return allocator_.reserved(); }
+
+  static constexpr size_t kGuard = 64;  // bytes of guard zone on each side
+
+ private:
+  Storage& newSlot(double* handle);
+  char* obtain(size_t bytes);
+
+  CachingAllocator allocator_;
+  StreamHooks& hooks_;
+  bool guards_;
+  std::deque<Storage> slots_;  // addresses are stable
+  std::vector<uint32_t> freeSlots_;
+  MemoryCounters counters_;
+};
+
+}  // namespace kg
