@@ -1,0 +1,211 @@
+// Rules between options: combinations in which one of them would silently do nothing, or that contradict each other.
+// Must never change a value: a rule accepts or refuses, with the reason and the way out.
+
+import { didYouMean, KeelgradError, show } from '../errors.js';
+import { type Chosen, linearNames, type Method, type OptionKey, type Value } from './option-table.js';
+
+/** How messages spell options: as flags for the command line, as camelCase keys for library calls. */
+export interface Naming {
+  /** `--max-length` or `maxLength`. */
+  option(key: string): string;
+  /** `--loss-type robust` or `lossType: "robust"`. */
+  setting(key: string, value: Value): string;
+  /** A name as the user wrote it, known or not. */
+  written(name: string): string;
+}
+
+/** One reason for an option to do nothing. */
+interface DeadSwitch {
+  readonly keys: readonly OptionKey[];
+  readonly dead: (chosen: Chosen, method: Method) => boolean;
+  /** Completes "--x has no effect ...". */
+  readonly because: (naming: Naming, chosen: Chosen) => string;
+  readonly remedy: (naming: Naming) => string;
+  /** The value that says what holds anyway, and may therefore be given. */
+  readonly neutral?: Value;
+}
+
+const list = (chosen: Chosen, key: OptionKey): readonly string[] => (chosen[key] ?? []) as readonly string[];
+
+/** Losses that define label smoothing. */
+const smoothedLosses = ['robust'];
+
+const leaveOut = (naming: Naming, key: OptionKey, value: Value): string =>
+  `leave it out, or use ${naming.setting(key, value)}`;
+
+const deadSwitches: readonly DeadSwitch[] = [
+  {
+    keys: ['loraR', 'loraAlpha', 'loraDropout', 'loraTargets', 'rslora'],
+    dead: (chosen) => chosen.train === 'full',
+    because: (naming) => `with ${naming.setting('train', 'full')}, which trains no adapter`,
+    remedy: (naming) => leaveOut(naming, 'train', 'both'),
+  },
+  {
+    keys: ['loraR', 'loraAlpha', 'loraDropout', 'loraTargets', 'rslora'],
+    dead: (chosen) => chosen.adapter !== undefined,
+    because: (naming) => `with ${naming.option('adapter')}: the values that the adapter was made with hold`,
+    remedy: (naming) => `leave it out, or start a new adapter without ${naming.option('adapter')}`,
+  },
+  {
+    keys: ['loraDropout'],
+    dead: (_, method) => method === 'dpo' || method === 'spo',
+    because: () => 'here: dropout is off in every pass of a preference loss',
+    remedy: () => 'leave it out',
+    neutral: 0,
+  },
+  {
+    keys: ['adapter'],
+    dead: (chosen) => chosen.train === 'full',
+    because: (naming) => `with ${naming.setting('train', 'full')}, which trains and saves the backbone alone`,
+    remedy: (naming) => `merge it into the model first, or use ${naming.setting('train', 'both')}`,
+  },
+  {
+    keys: ['labelSmoothing'],
+    dead: (chosen) => !list(chosen, 'lossType').some((name) => smoothedLosses.includes(name)),
+    because: (naming, chosen) => `with ${naming.setting('lossType', chosen.lossType as Value)}`,
+    remedy: (naming) => `use a loss that defines it: ${naming.setting('lossType', smoothedLosses[0])}`,
+    neutral: 0,
+  },
+  {
+    keys: ['lossWeights'],
+    dead: (chosen) => list(chosen, 'lossType').length < 2,
+    because: () => 'with a single loss',
+    remedy: (naming) => `leave it out, or name several: ${naming.setting('lossType', 'sigmoid,sft')}`,
+  },
+  {
+    keys: ['momentum'],
+    dead: (chosen) => chosen.optimizer === 'adamw',
+    because: (naming) => `with ${naming.setting('optimizer', 'adamw')}`,
+    remedy: (naming) => leaveOut(naming, 'optimizer', 'sgd'),
+    neutral: 0,
+  },
+  {
+    keys: ['adamBeta1', 'adamBeta2', 'adamEpsilon'],
+    dead: (chosen) => chosen.optimizer === 'sgd',
+    because: (naming) => `with ${naming.setting('optimizer', 'sgd')}`,
+    remedy: (naming) => leaveOut(naming, 'optimizer', 'adamw'),
+  },
+  {
+    keys: ['weightDecayParams'],
+    dead: (chosen) => chosen.weightDecay === 0,
+    because: (naming) => `with ${naming.setting('weightDecay', 0)}`,
+    remedy: (naming) => `leave it out, or give ${naming.option('weightDecay')}`,
+    neutral: 'matrices',
+  },
+  {
+    keys: ['warmupSteps', 'warmupRatio'],
+    dead: (chosen) => chosen.lrSchedule === 'constant',
+    because: (naming) => `with ${naming.setting('lrSchedule', 'constant')}`,
+    remedy: (naming) => leaveOut(naming, 'lrSchedule', 'constant_with_warmup'),
+    neutral: 0,
+  },
+  {
+    keys: ['warmupSteps'],
+    dead: (chosen) => chosen.warmupRatio !== undefined,
+    because: (naming) => `beside ${naming.option('warmupRatio')}`,
+    remedy: () => 'give one of the two',
+  },
+  {
+    keys: ['epochs'],
+    dead: (chosen) => chosen.maxSteps !== undefined,
+    because: (naming) => `beside ${naming.option('maxSteps')}`,
+    remedy: () => 'give one of the two',
+  },
+  {
+    keys: ['normOver'],
+    dead: (chosen) => chosen.gamma === 0,
+    because: (naming) => `with ${naming.setting('gamma', 0)}: there is no regularizer`,
+    remedy: (naming) => `leave it out, or give ${naming.option('gamma')}`,
+    neutral: 'all',
+  },
+  {
+    keys: ['lowerLearningRate'],
+    dead: (chosen) => chosen.lowerSteps === 0,
+    because: (naming) => `with ${naming.setting('lowerSteps', 0)}: there is no lower level`,
+    remedy: (naming) => leaveOut(naming, 'lowerSteps', 1),
+  },
+];
+
+/** Pairs of options that replace each other: the command line's one drops a config file's other. */
+export const exclusiveOptions: readonly (readonly [OptionKey, OptionKey])[] = [
+  ['epochs', 'maxSteps'],
+  ['warmupSteps', 'warmupRatio'],
+];
+
+/** Whether an option has any part in a run with these values. */
+export function isLive(key: OptionKey, chosen: Chosen, method: Method): boolean {
+  return !deadSwitches.some((row) => row.keys.includes(key) && row.dead(chosen, method));
+}
+
+export interface RuleContext {
+  readonly method: Method;
+  readonly chosen: Chosen;
+  readonly isGiven: (key: OptionKey) => boolean;
+  readonly naming: Naming;
+}
+
+function refuseDeadSwitches({ method, chosen, isGiven, naming }: RuleContext): void {
+  for (const row of deadSwitches) {
+    for (const key of row.keys) {
+      const value = chosen[key];
+      if (!isGiven(key) || value === false || value === row.neutral || !row.dead(chosen, method)) continue;
+      throw new KeelgradError(
+        `${naming.option(key)} has no effect ${row.because(naming, chosen)}; ${row.remedy(naming)}`,
+      );
+    }
+  }
+}
+
+/** `--learning-rate` of spo stands for two others; with both given nothing is left for it. */
+function refuseThreeRates({ method, isGiven, naming }: RuleContext): void {
+  const both = isGiven('learningRateBackbone') && isGiven('learningRateAdapters');
+  if (method !== 'spo' || !isGiven('learningRate') || !both) return;
+  const levels = `${naming.option('learningRateBackbone')} and ${naming.option('learningRateAdapters')}`;
+  throw new KeelgradError(`${naming.option('learningRate')} has no effect beside ${levels}; leave it out`);
+}
+
+function checkLosses({ chosen, naming }: RuleContext): void {
+  const names = list(chosen, 'lossType');
+  const weights = (chosen.lossWeights ?? []) as readonly number[];
+  const repeated = names.find((name, i) => names.indexOf(name) !== i);
+  if (repeated !== undefined) {
+    const advice = `name it once and give its weight by ${naming.option('lossWeights')}`;
+    throw new KeelgradError(`${naming.option('lossType')}: found ${repeated} twice; ${advice}`);
+  }
+  if (weights.length !== names.length) {
+    const expected = `expected ${names.length} numbers, one for each of ${names.join(', ')}`;
+    throw new KeelgradError(`${naming.option('lossWeights')}: ${expected}, found ${weights.length}`);
+  }
+  if (weights.length > 0 && weights.every((weight) => weight === 0)) {
+    throw new KeelgradError(
+      `${naming.option('lossWeights')}: expected at least one weight above 0, found ${show(weights)}`,
+    );
+  }
+}
+
+/** Names and full module paths both end in one of the seven; whether a path exists is the model's to say. */
+function checkLoraTargets({ chosen, naming }: RuleContext): void {
+  const targets = list(chosen, 'loraTargets');
+  const known: readonly string[] = linearNames;
+  const option = naming.option('loraTargets');
+  for (const target of targets) {
+    const name = target.slice(target.lastIndexOf('.') + 1);
+    if (known.includes(name) || target === 'all-linear') continue;
+    const advice = didYouMean(name, [...known, 'all-linear']);
+    const expected = `expected all-linear, or names or module paths that end in ${known.join(', ')}`;
+    throw new KeelgradError(`${option}: ${expected}, found ${show(target)}${advice}`);
+  }
+  if (targets.includes('all-linear') && targets.length > 1) {
+    throw new KeelgradError(
+      `${option}: expected all-linear alone, found ${show(targets.join(','))}; leave out the names`,
+    );
+  }
+}
+
+/** Applies every rule, in an order that reports the most specific trouble first. */
+export function checkRules(context: RuleContext): void {
+  refuseDeadSwitches(context);
+  refuseThreeRates(context);
+  checkLosses(context);
+  checkLoraTargets(context);
+}

@@ -1,0 +1,485 @@
+// Every option of every command, once: types, checks, defaults, help and config keys all come from this table.
+// Data only: it must import nothing and know nothing of models, data or the command line's parser.
+
+export const methods = ['sft', 'dpo', 'spo', 'score', 'demo', 'info'] as const;
+export type Method = (typeof methods)[number];
+export type TrainMethod = 'sft' | 'dpo' | 'spo';
+
+export type Scalar = string | number | boolean;
+export type Value = Scalar | readonly string[] | readonly number[];
+
+/** Options already resolved, for the rules that look at their neighbours. */
+export type Chosen = Readonly<Record<string, Value | undefined>>;
+
+/** A default that depends on other options. Rules see the options that stand above them in the table. */
+export interface DefaultRule {
+  /** What the help page prints. */
+  readonly text: string;
+  readonly value: (chosen: Chosen) => Value | undefined;
+}
+
+export interface OptionSpec {
+  /** `strings` and `numbers` are lists, comma-separated on the command line. */
+  readonly type: 'string' | 'integer' | 'number' | 'boolean' | 'strings' | 'numbers';
+  readonly methods: readonly Method[];
+  readonly group: string;
+  /** What stands for the value on a help page. */
+  readonly placeholder?: string;
+  readonly choices?: readonly string[];
+  /** One value for all methods, a rule, or one of these per method. */
+  readonly default?: Value | DefaultRule | { readonly [M in Method]?: Value | DefaultRule };
+  readonly required?: true;
+  readonly min?: number;
+  readonly max?: number;
+  /** Exclusive bounds. */
+  readonly above?: number;
+  readonly below?: number;
+  /** Advice for a value outside of the bounds or choices. */
+  readonly remedy?: string;
+  /** Why a command that a user may expect to have this option does not. */
+  readonly absent?: { readonly [M in Method]?: string };
+  readonly help: string;
+}
+
+const train = ['sft', 'dpo', 'spo'] as const;
+const trainAndScore = ['sft', 'dpo', 'spo', 'score'] as const;
+
+const fromLora = (lora: number, other: number): DefaultRule => ({
+  text: `${other.toExponential()}; ${lora.toExponential()} with --train lora`,
+  value: (chosen) => (chosen.train === 'lora' ? lora : other),
+});
+
+/** SPO's two learning rates follow `--learning-rate` where they are not given themselves. */
+const levelRate: DefaultRule = {
+  text: '1e-5, or --learning-rate where that is given',
+  value: (chosen) => chosen.learningRate ?? 1e-5,
+};
+
+/** The seven linear maps of a Llama or Qwen2 block. */
+export const linearNames = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'] as const;
+
+const files = 'Model and data';
+const objective = 'Objective';
+const lora = 'Adapter (LoRA)';
+const optimizer = 'Optimizer';
+const batches = 'Steps and batches';
+const machine = 'Machine and run';
+
+export const optionTable = {
+  model: {
+    type: 'string',
+    methods: trainAndScore,
+    group: files,
+    placeholder: 'DIR',
+    required: true,
+    help: 'Hugging Face folder of a Llama or Qwen2 model',
+  },
+  data: {
+    type: 'string',
+    methods: trainAndScore,
+    group: files,
+    placeholder: 'FILE',
+    required: true,
+    help: 'records, one JSON object a line or one JSON array',
+  },
+  output: {
+    type: 'string',
+    methods: ['sft', 'dpo', 'spo', 'demo'],
+    group: files,
+    placeholder: 'DIR',
+    required: true,
+    default: { demo: 'keelgrad-demo' },
+    help: 'folder for metrics.jsonl, run.json, adapter/ and model/',
+  },
+  adapter: {
+    type: 'string',
+    methods: trainAndScore,
+    group: files,
+    placeholder: 'DIR',
+    help: 'PEFT adapter to start from (its own rank, alpha and targets hold)',
+  },
+  overwrite: {
+    type: 'boolean',
+    methods: train,
+    group: files,
+    default: false,
+    help: 'replace the earlier run in --output; other files there stay',
+  },
+  saveDtype: {
+    type: 'string',
+    methods: train,
+    group: files,
+    placeholder: 'TYPE',
+    choices: ['float32', 'float64', 'bfloat16', 'float16'],
+    help: 'dtype of saved weights; without it float32, or float64 with --dtype float64',
+  },
+
+  train: {
+    type: 'string',
+    methods: ['sft', 'dpo'],
+    group: objective,
+    placeholder: 'WHAT',
+    choices: ['lora', 'full', 'both'],
+    default: 'lora',
+    absent: { spo: 'spo always trains both levels, backbone and adapters' },
+    help: 'the adapter, the backbone, or both',
+  },
+  sftReduction: {
+    type: 'string',
+    methods: ['sft', 'spo'],
+    group: objective,
+    placeholder: 'NAME',
+    choices: ['token-mean', 'sum'],
+    default: { sft: 'token-mean', spo: 'sum' },
+    help: 'mean over the tokens of the batch, or sum over tokens and mean over records',
+  },
+  beta: {
+    type: 'number',
+    methods: ['dpo', 'spo'],
+    group: objective,
+    default: { dpo: 0.1, spo: 0.5 },
+    above: 0,
+    help: 'temperature of the preference loss',
+  },
+  lossType: {
+    type: 'strings',
+    methods: ['dpo'],
+    group: objective,
+    placeholder: 'NAME[,NAME]',
+    choices: ['sigmoid', 'ipo', 'robust', 'sft'],
+    default: ['sigmoid'],
+    help: 'preference loss; several make a weighted sum',
+  },
+  lossWeights: {
+    type: 'numbers',
+    methods: ['dpo'],
+    group: objective,
+    placeholder: 'W[,W]',
+    min: 0,
+    default: {
+      text: '1 each',
+      value: (chosen: Chosen) => (chosen.lossType as readonly string[]).map(() => 1),
+    },
+    help: 'one weight for each loss of --loss-type',
+  },
+  labelSmoothing: {
+    type: 'number',
+    methods: ['dpo'],
+    group: objective,
+    min: 0,
+    below: 0.5,
+    default: 0,
+    help: 'probability that a label is flipped, for --loss-type robust',
+  },
+  reference: {
+    type: 'string',
+    methods: ['dpo', 'spo'],
+    group: objective,
+    placeholder: 'WHICH',
+    choices: ['initial', 'base', 'none'],
+    default: 'initial',
+    help: 'the policy as it starts, an initial adapter included; the model without adapter; no reference',
+  },
+  lambda: {
+    type: 'number',
+    methods: ['spo'],
+    group: objective,
+    min: 0,
+    default: 1,
+    help: 'weight of the penalty on the lower level, L_SFT - L*_SFT',
+  },
+  gamma: {
+    type: 'number',
+    methods: ['spo'],
+    group: objective,
+    min: 0,
+    default: 0,
+    help: 'weight of the gradient-norm regularizer max(0, |g_chosen| - |g_rejected|)',
+  },
+  normOver: {
+    type: 'string',
+    methods: ['spo'],
+    group: objective,
+    placeholder: 'WHAT',
+    choices: ['all', 'adapters', 'backbone'],
+    default: 'all',
+    help: 'parameters over which the regularizer takes its norms',
+  },
+  lowerSteps: {
+    type: 'integer',
+    methods: ['spo'],
+    group: objective,
+    min: 0,
+    default: 1,
+    help: 'gradient steps of the lower level; 0 leaves it out',
+  },
+  lowerLearningRate: {
+    type: 'number',
+    methods: ['spo'],
+    group: objective,
+    above: 0,
+    default: 2e-5,
+    remedy: 'use --lower-steps 0 for no lower level',
+    help: 'step size of the lower level',
+  },
+
+  loraR: {
+    type: 'integer',
+    methods: train,
+    group: lora,
+    min: 1,
+    default: 16,
+    help: 'rank',
+  },
+  loraAlpha: {
+    type: 'number',
+    methods: train,
+    group: lora,
+    above: 0,
+    default: 32,
+    help: 'scale: alpha / r, or alpha / sqrt(r) with --rslora',
+  },
+  loraDropout: {
+    type: 'number',
+    methods: train,
+    group: lora,
+    min: 0,
+    below: 1,
+    default: { sft: 0.05, dpo: 0, spo: 0 },
+    help: 'dropout on the adapter input; off in preference losses',
+  },
+  loraTargets: {
+    type: 'strings',
+    methods: train,
+    group: lora,
+    placeholder: 'NAME[,NAME]',
+    default: {
+      text: 'all seven linears',
+      value: () => linearNames,
+    },
+    help: "linears that get an adapter: names, full module paths as PEFT's, or all-linear",
+  },
+  rslora: {
+    type: 'boolean',
+    methods: train,
+    group: lora,
+    default: false,
+    help: 'rank-stabilized scale',
+  },
+
+  learningRate: {
+    type: 'number',
+    methods: train,
+    group: optimizer,
+    min: 0,
+    default: {
+      sft: fromLora(2e-4, 2e-5),
+      dpo: fromLora(1e-5, 1e-6),
+    },
+    help: 'step size; spo: of both levels at once',
+  },
+  learningRateBackbone: {
+    type: 'number',
+    methods: ['spo'],
+    group: optimizer,
+    min: 0,
+    default: levelRate,
+    help: 'step size of the backbone',
+  },
+  learningRateAdapters: {
+    type: 'number',
+    methods: ['spo'],
+    group: optimizer,
+    min: 0,
+    default: levelRate,
+    help: 'step size of the adapters',
+  },
+  lrSchedule: {
+    type: 'string',
+    methods: train,
+    group: optimizer,
+    placeholder: 'NAME',
+    choices: ['linear', 'cosine', 'constant', 'constant_with_warmup'],
+    default: 'linear',
+    help: 'course of the learning rate after warmup',
+  },
+  warmupSteps: {
+    type: 'integer',
+    methods: train,
+    group: optimizer,
+    min: 0,
+    default: 0,
+    remedy: 'a fraction of all steps is --warmup-ratio',
+    help: 'steps over which the learning rate rises from 0',
+  },
+  warmupRatio: {
+    type: 'number',
+    methods: train,
+    group: optimizer,
+    min: 0,
+    max: 1,
+    remedy: 'a number of steps is --warmup-steps',
+    help: 'the same as a fraction of all steps, rounded up',
+  },
+  optimizer: {
+    type: 'string',
+    methods: train,
+    group: optimizer,
+    placeholder: 'NAME',
+    choices: ['adamw', 'sgd'],
+    default: 'adamw',
+    help: 'update rule',
+  },
+  adamBeta1: {
+    type: 'number',
+    methods: train,
+    group: optimizer,
+    min: 0,
+    below: 1,
+    default: 0.9,
+    help: 'decay of the first moment',
+  },
+  adamBeta2: {
+    type: 'number',
+    methods: train,
+    group: optimizer,
+    min: 0,
+    below: 1,
+    default: 0.999,
+    help: 'decay of the second moment',
+  },
+  adamEpsilon: {
+    type: 'number',
+    methods: train,
+    group: optimizer,
+    above: 0,
+    default: 1e-8,
+    help: "added to the second moment's root",
+  },
+  momentum: {
+    type: 'number',
+    methods: train,
+    group: optimizer,
+    min: 0,
+    below: 1,
+    default: 0,
+    help: 'momentum of sgd',
+  },
+  weightDecay: {
+    type: 'number',
+    methods: train,
+    group: optimizer,
+    min: 0,
+    default: 0,
+    help: 'decoupled weight decay',
+  },
+  weightDecayParams: {
+    type: 'string',
+    methods: train,
+    group: optimizer,
+    placeholder: 'WHICH',
+    choices: ['matrices', 'all'],
+    default: 'matrices',
+    help: 'what decays: matrices leaves out biases and norm weights',
+  },
+  maxGradNorm: {
+    type: 'number',
+    methods: train,
+    group: optimizer,
+    min: 0,
+    default: 1,
+    help: 'clips the norm over all trained parameters together; 0 is off',
+  },
+
+  epochs: {
+    type: 'number',
+    methods: train,
+    group: batches,
+    above: 0,
+    default: { sft: 3, dpo: 1, spo: 3 },
+    remedy: 'use --max-steps for a number of steps',
+    help: 'passes over the data',
+  },
+  maxSteps: {
+    type: 'integer',
+    methods: train,
+    group: batches,
+    min: 1,
+    help: 'exactly this many steps, cycling over the data, instead of epochs',
+  },
+  batchSize: {
+    type: 'integer',
+    methods: trainAndScore,
+    group: batches,
+    min: 1,
+    default: { sft: 8, dpo: 4, spo: 4, score: 4 },
+    help: 'records (sft) or pairs at once',
+  },
+  gradientAccumulationSteps: {
+    type: 'integer',
+    methods: train,
+    group: batches,
+    min: 1,
+    default: 1,
+    help: 'batches that make one step',
+  },
+  maxLength: {
+    type: 'integer',
+    methods: trainAndScore,
+    group: batches,
+    min: 2,
+    default: { sft: 1024, dpo: 1024, spo: 1024 },
+    help: 'longest sequence in tokens: the start is kept, a prompt that fills it drops the record',
+  },
+  shuffle: {
+    type: 'boolean',
+    methods: train,
+    group: batches,
+    default: true,
+    help: "keep the file's order",
+  },
+
+  device: {
+    type: 'string',
+    methods: trainAndScore,
+    group: machine,
+    placeholder: 'NAME',
+    choices: ['auto', 'cpu', 'cuda'],
+    default: 'auto',
+    help: 'where to compute; auto is the GPU where one can be used',
+  },
+  dtype: {
+    type: 'string',
+    methods: trainAndScore,
+    group: machine,
+    placeholder: 'TYPE',
+    choices: ['float32', 'bfloat16', 'float64'],
+    default: 'float32',
+    help: 'dtype of computation; bfloat16 keeps float32 master weights',
+  },
+  threads: {
+    type: 'integer',
+    methods: ['sft', 'dpo', 'spo', 'score', 'demo'],
+    group: machine,
+    min: 1,
+    help: 'CPU threads; without it one for each core',
+  },
+  seed: {
+    type: 'integer',
+    methods: ['sft', 'dpo', 'spo', 'demo'],
+    group: machine,
+    min: 0,
+    default: 42,
+    help: 'seed of order, adapter initialization and dropout',
+  },
+  json: {
+    type: 'boolean',
+    methods: ['score', 'info'],
+    group: machine,
+    default: false,
+    help: 'print JSON, numbers unrounded',
+  },
+} as const satisfies Record<string, OptionSpec>;
+
+export type OptionTable = typeof optionTable;
+export type OptionKey = keyof OptionTable;
