@@ -1,0 +1,70 @@
+// Finds and loads the native addon; the only file that touches the `.node` file. Loading is lazy: importing keelgrad
+// costs nothing until the first tensor.
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+/** One row of the kernel contract (native/ops): names of tensors and attributes, separated by spaces. */
+export interface KernelSignature {
+  name: string;
+  outputs: string;
+  inputs: string;
+  attributes: string;
+}
+
+/** The typed boundary. Handles and streams are numbers; bytes are Uint8Arrays. */
+export interface Addon {
+  commands: Float64Array;
+  kernels: KernelSignature[];
+  openDevice(device: string): number;
+  createStorage(stream: number, bytes: number, tag: number): number;
+  retainStorage(stream: number, handle: number): void;
+  releaseStorage(stream: number, handle: number): void;
+  mapFile(stream: number, path: string): number;
+  submit(): void;
+  upload(stream: number, handle: number, byteOffset: number, bytes: Uint8Array): void;
+  download(stream: number, handle: number, byteOffset: number, target: Uint8Array): Promise<Uint8Array>;
+  downloadSync(stream: number, handle: number, byteOffset: number, target: Uint8Array): void;
+  synchronize(stream: number): void;
+  setSynchronous(stream: number, on: boolean): void;
+  setThreads(count: number): void;
+  getThreads(): number;
+  trim(stream: number): number;
+  resetPeak(stream: number): void;
+  memory(stream: number): number[];
+  adjustExternal(bytes: number): void;
+  describe(): {
+    isa: string;
+    cpuFeatures: string[];
+    cuda: { available: boolean; reason?: string; remedy?: string };
+  };
+}
+
+const packageRoot = join(dirname(fileURLToPath(import.meta.url)), '..', '..');
+let loaded: Addon | undefined;
+let location = '';
+
+/** The addon, loaded on first use. Throws an error that ends in a command to run. */
+export function addon(): Addon {
+  if (loaded) return loaded;
+  const require = createRequire(import.meta.url);
+  try {
+    const override = process.env.KEELGRAD_ADDON;
+    const load = require('node-gyp-build') as { (root: string): Addon; path(root: string): string };
+    location = override ?? load.path(packageRoot);
+    loaded = require(location) as Addon;
+  } catch (cause) {
+    throw new Error(
+      `keelgrad's native addon could not be loaded on ${process.platform}-${process.arch}: ${(cause as Error).message}\n` +
+        'Expected a prebuilt binary in prebuilds/ or one built here in build/Release. Build it (needs a C++17 compiler and ' +
+        'cmake): npm run build:native',
+      { cause },
+    );
+  }
+  return loaded;
+}
+
+/** Path of the loaded addon; empty before the first use. */
+export function addonPath(): string {
+  return location;
+}
