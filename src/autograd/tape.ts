@@ -1,0 +1,354 @@
+// The tape: what was computed from what, and how cotangents flow back. The whole engine is on this page.
+//
+// A transform (grad, vjp, ...) opens a level. Its inputs become leaves whose mask has the level's bit; an op with a leaf
+// behind it records a node whose mask is the union of its inputs' masks. Backward is made of ordinary ops, so with an outer
+// level open it is recorded in turn: gradients of gradients need no special case. During the backward of level L
+// only levels below L are recorded: what depends on L's own leaves alone is constant for them.
+//
+// A node is owned by the lowest level of its mask, which ends last; saved tensors go as soon as that level's
+// backward has passed them, or when the level closes.
+import { detachFromScope, owned } from '../tensor/scope.js';
+import { sameShape } from '../tensor/shape.js';
+import type { Storage } from '../tensor/storage.js';
+import type { TapeNode, Tensor } from '../tensor/tensor.js';
+
+/**
+ * A gradient that has not been multiplied out: `materialize()` gives the tensor. A leaf with a sink receives the
+ * contribution itself, and may do better (accumulate in place, keep norms per sequence, ...).
+ */
+export interface Contribution {
+  readonly kind: string;
+  readonly shape: readonly number[];
+  materialize(): Tensor;
+}
+
+/** Receives the gradient contributions of one leaf, in backward order. Called outside of differentiable backward only. */
+export interface GradientSink {
+  accept(contribution: Contribution | Tensor): void;
+}
+
+export type Cotangent = Tensor | Contribution | null;
+
+/**
+ * Cotangents of the inputs from those of the outputs (null: zero). `saved` are the saved tensors in order, on the tape
+ * where they were. `needs[i]` tells whether input i wants one. `differentiable` is true when what this computes will itself be
+ * differentiated: then only differentiable ops may be used. Cotangents may have a shape that the input was broadcast to.
+ */
+export type Backward = (context: BackwardContext) => readonly Cotangent[];
+
+export interface BackwardContext {
+  cotangents: readonly (Tensor | null)[];
+  /** The first cotangent; throws where it is zero (only ops with several outputs see that). */
+  readonly g: Tensor;
+  saved: readonly Tensor[];
+  needs: readonly boolean[];
+  differentiable: boolean;
+}
+
+interface Saved {
+  tensor: Tensor;
+  storage: Storage;
+  version: number;
+  /** Saved outputs are put back on their node when used, so that the node does not hold itself. */
+  output: number;
+}
+
+class Node implements TapeNode {
+  readonly sequence = ++sequence;
+  readonly op: string;
+  /** Loses a level's bit when that level closes: the number will mean another transform then. */
+  mask: number;
+  readonly parents: readonly (Node | null)[];
+  readonly parentOutputs: readonly number[];
+  readonly inputShapes: readonly (readonly number[])[];
+  readonly inputDTypes: readonly Tensor['dtype'][];
+  saved: Saved[];
+  readonly backward: Backward;
+  sink: GradientSink | null = null;
+
+  constructor(op: string, mask: number, inputs: readonly Tensor[], saved: Saved[], backward: Backward) {
+    this.op = op;
+    this.mask = mask;
+    this.parents = inputs.map((t) => (t.node && t.node.mask & mask ? (t.node as Node) : null));
+    this.parentOutputs = inputs.map((t) => t.output);
+    this.inputShapes = inputs.map((t) => t.shape);
+    this.inputDTypes = inputs.map((t) => t.dtype);
+    this.saved = saved;
+    this.backward = backward;
+  }
+
+  release(): void {
+    for (const s of this.saved) s.tensor.dispose();
+    this.saved = [];
+  }
+}
+
+let sequence = 0;
+let recordMask = 0;
+/** Levels whose tracked tensors may not be touched: inside a checkpointed function (see forbidCaptured). */
+let forbidden = 0;
+const tapes: Node[][] = [];
+
+const lowestLevel = (mask: number): number => 31 - Math.clz32(mask & -mask);
+
+/** The union of the masks of `inputs` that is being recorded now; 0 when nothing is. */
+export function trackedMask(inputs: readonly (Tensor | null | undefined)[]): number {
+  let mask = 0;
+  for (const t of inputs) if (t?.node) mask |= t.node.mask;
+  if (mask & forbidden)
+    throw new Error(
+      '[checkpoint] expected every differentiated tensor among the inputs of the checkpointed function, found a captured one; pass it as an input',
+    );
+  return mask & recordMask;
+}
+
+/**
+ * Puts an op on the tape and returns its outputs, now carrying their place on it; the given outputs are replaced. Where
+ * nothing is recorded, returns them unchanged and keeps nothing.
+ *
+ * @param saved tensors that backward needs, among inputs, outputs or others; aliased, so the originals may be disposed of
+ */
+export function record<T extends readonly Tensor[]>(
+  op: string,
+  inputs: readonly Tensor[],
+  outputs: T,
+  saved: readonly Tensor[],
+  backward: Backward,
+): T {
+  const mask = trackedMask(inputs);
+  if (mask === 0) return outputs;
+  const kept = saved.map((t): Saved => {
+    const output = outputs.indexOf(t);
+    const alias = detachFromScope(output >= 0 ? t.detach() : t.alias());
+    return { tensor: alias, storage: t.storage, version: t.storage.version, output };
+  });
+  const node = new Node(op, mask, inputs, kept, backward);
+  tapes[lowestLevel(mask)].push(node);
+  return outputs.map((t, i) => {
+    const tracked = t.alias(node, i);
+    t.dispose();
+    return tracked;
+  }) as unknown as T;
+}
+
+/** Runs `f` without recording anything. */
+export function noGrad<T>(f: () => T): T {
+  return withMasks(0, forbidden, f);
+}
+
+function withMasks<T>(mask: number, forbid: number, f: () => T): T {
+  const saved = [recordMask, forbidden];
+  recordMask = mask;
+  forbidden = forbid;
+  try {
+    return f();
+  } finally {
+    [recordMask, forbidden] = saved;
+  }
+}
+
+/** Runs `f` without recording; a tracked tensor that reaches an op inside is an error, not a silent zero. */
+export function forbidCaptured<T>(f: () => T): T {
+  return withMasks(0, forbidden | recordMask, f);
+}
+
+/** True while some transform is recording. */
+export const isRecording = (): boolean => recordMask !== 0;
+
+function useSaved(node: Node): Tensor[] {
+  return node.saved.map((s) => {
+    if (s.storage.version !== s.version)
+      throw new Error(
+        `[${node.op}] a tensor saved for backward, ${s.tensor.describe()}, was written in place since; write after backward, or to a clone`,
+      );
+    return s.output >= 0 ? s.tensor.alias(node, s.output) : s.tensor.alias();
+  });
+}
+
+export interface Differentiated<R> {
+  /** What the function returned, detached from this level. */
+  result: R;
+  /** One per input; null where the result does not depend on it, or where a sink took the contributions. */
+  gradients: (Tensor | null)[];
+}
+
+export interface DifferentiateOptions {
+  /** A sink per input, or null. Ignored where backward is itself differentiated. */
+  sinks?: readonly (GradientSink | null)[];
+}
+
+/** Engine-wide helpers that need ops, supplied by autograd/index.ts: this file uses no op by name. */
+export interface TapeOps {
+  add(a: Tensor, b: Tensor): Tensor;
+  addInPlace(into: Tensor, b: Tensor): void;
+  sumTo(t: Tensor, shape: readonly number[]): Tensor;
+  cast(t: Tensor, dtype: Tensor['dtype']): Tensor;
+}
+let ops: TapeOps;
+export function defineTapeOps(given: TapeOps): void {
+  ops = given;
+}
+
+/**
+ * Runs `f` on tracked aliases of `inputs` and pulls cotangents back. `outputs` picks from f's result the tensors to start
+ * from with their cotangents. Result and gradients belong to the caller's scope.
+ */
+export function differentiate<R>(
+  inputs: readonly Tensor[],
+  f: (tracked: Tensor[]) => R,
+  outputs: (result: R) => readonly { tensor: Tensor; cotangent: Tensor }[],
+  options: DifferentiateOptions = {},
+): Differentiated<R> {
+  const level = tapes.length;
+  if (level >= 30) throw new Error('[differentiate] expected at most 30 nested transforms');
+  const bit = 1 << level;
+  const savedMask = recordMask;
+  const before = sequence;
+  const leaves = inputs.map((t, i) => {
+    const leaf = new Node('input', bit | (t.node ? t.node.mask & savedMask : 0), [t], [], passThrough);
+    leaf.sink = options.sinks?.[i] ?? null;
+    return leaf;
+  });
+  tapes.push([]);
+  try {
+    recordMask = savedMask | bit;
+    const result = f(inputs.map((t, i) => t.alias(leaves[i], 0)));
+    const starts = outputs(result);
+    recordMask = savedMask & (bit - 1);
+    return { result, gradients: pullBack(level, leaves, starts) };
+  } finally {
+    recordMask = savedMask;
+    for (const leaf of leaves) leaf.mask &= ~bit;
+    closeLevel(level, before);
+  }
+}
+
+/** An inner transform's input is, for outer ones, the tensor that was given. */
+const passThrough: Backward = ({ g }) => [g];
+
+function closeLevel(level: number, before: number): void {
+  const tape = tapes.pop()!;
+  for (const node of tape) {
+    node.release();
+    node.mask = 0;
+  }
+  for (const outer of tapes)
+    for (let i = outer.length - 1; i >= 0 && outer[i].sequence > before; i--) outer[i].mask &= ~(1 << level);
+}
+
+/** The nodes behind `starts` that depend on the leaves, latest first; does not look behind the leaves. */
+function reachable(starts: readonly Node[], leaves: ReadonlySet<Node>, bit: number): Node[] {
+  const seen = new Set<Node>();
+  const stack = [...starts];
+  while (stack.length > 0) {
+    const node = stack.pop()!;
+    if (seen.has(node) || leaves.has(node)) continue;
+    seen.add(node);
+    for (const parent of node.parents) if (parent && parent.mask & bit) stack.push(parent);
+  }
+  return [...seen].sort((a, b) => b.sequence - a.sequence);
+}
+
+function pullBack(
+  level: number,
+  leaves: readonly Node[],
+  starts: readonly { tensor: Tensor; cotangent: Tensor }[],
+): (Tensor | null)[] {
+  const bit = 1 << level;
+  const pending = new Map<Node, (Tensor | null)[]>();
+  const roots: Node[] = [];
+  for (const { tensor, cotangent } of starts) {
+    const node = tensor.node as Node | null;
+    if (!node || !(node.mask & bit)) continue;
+    roots.push(node);
+    const [own] = owned(() => [cotangent.alias()]);
+    accumulate(pending, node, tensor.output, own);
+  }
+  for (const node of reachable(roots, new Set(leaves), bit)) {
+    const cotangents = pending.get(node);
+    pending.delete(node);
+    if (cotangents) step(node, bit, cotangents, pending);
+    if (lowestLevel(node.mask) === level) node.release();
+  }
+  return leaves.map((leaf) => {
+    const gradient = pending.get(leaf)?.[0] ?? null;
+    if (!gradient) return null;
+    const given = gradient.alias();
+    gradient.dispose();
+    return given;
+  });
+}
+
+function step(node: Node, bit: number, cotangents: (Tensor | null)[], pending: Map<Node, (Tensor | null)[]>): void {
+  const needs = node.parents.map((p) => p !== null && (p.mask & bit) !== 0);
+  const sunk: { parent: Node; contribution: Contribution }[] = [];
+  const results = owned(() => {
+    const saved = useSaved(node);
+    const differentiable = trackedMask([...saved, ...cotangents]) !== 0;
+    const context: BackwardContext = {
+      cotangents,
+      get g(): Tensor {
+        const first = cotangents[0];
+        if (!first) throw new Error(`[${node.op}] backward was reached without a cotangent`);
+        return first;
+      },
+      saved,
+      needs,
+      differentiable,
+    };
+    const given = node.backward(context);
+    const tensors = node.parents.map((parent, i): Tensor | null => {
+      const value = given[i];
+      if (!needs[i] || !parent || !value) return null;
+      if (!isContribution(value)) return settle(value, node.inputShapes[i], node.inputDTypes[i]);
+      if (parent.sink && !differentiable) {
+        sunk.push({ parent, contribution: value });
+        return null;
+      }
+      return settle(value.materialize(), node.inputShapes[i], node.inputDTypes[i]);
+    });
+    for (const { parent, contribution } of sunk) parent.sink!.accept(contribution);
+    return tensors;
+  });
+  for (const c of cotangents) c?.dispose();
+  results.forEach((value, i) => {
+    const parent = node.parents[i];
+    if (!value || !parent) return;
+    if (parent.sink && value.node === null) {
+      owned(() => {
+        parent.sink!.accept(value);
+        return [];
+      });
+      value.dispose();
+    } else accumulate(pending, parent, node.parentOutputs[i], value);
+  });
+}
+
+const isContribution = (value: Tensor | Contribution): value is Contribution => 'materialize' in value;
+
+/** Undoes broadcasting and promotion, once, for every rule. */
+function settle(value: Tensor, shape: readonly number[], dtype: Tensor['dtype']): Tensor {
+  const summed = sameShape(value.shape, shape) ? value : ops.sumTo(value, shape);
+  return summed.dtype === dtype ? summed : ops.cast(summed, dtype);
+}
+
+/** Adds an owned cotangent to what is pending for one output of a node. */
+function accumulate(pending: Map<Node, (Tensor | null)[]>, node: Node, output: number, value: Tensor): void {
+  let slots = pending.get(node);
+  if (!slots) {
+    slots = [];
+    pending.set(node, slots);
+  }
+  const present = slots[output];
+  if (!present) {
+    slots[output] = value;
+    return;
+  }
+  if (present.node === null && value.node === null && present.storage.exclusive && present.contiguous) {
+    ops.addInPlace(present, value);
+  } else {
+    [slots[output]] = owned(() => [ops.add(present, value)]);
+    present.dispose();
+  }
+  value.dispose();
+}
