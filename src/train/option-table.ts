@@ -8,15 +8,22 @@ export type TrainMethod = 'sft' | 'dpo' | 'spo';
 export type Scalar = string | number | boolean;
 export type Value = Scalar | readonly string[] | readonly number[];
 
-/** Options already resolved, for the rules that look at their neighbours. */
+/** Option values by key, for rules that look at several. */
 export type Chosen = Readonly<Record<string, Value | undefined>>;
 
-/** A default that depends on other options. Rules see the options that stand above them in the table. */
+/** A default that depends on other options: on what was given, and on defaults that are plain values. */
 export interface DefaultRule {
   /** What the help page prints. */
   readonly text: string;
-  readonly value: (chosen: Chosen) => Value | undefined;
+  readonly value: (chosen: Chosen) => Value;
 }
+
+/** No value unless given; help pages print what that means. */
+export interface NoDefault {
+  readonly without: string;
+}
+
+export type Default = Value | DefaultRule | NoDefault;
 
 export interface OptionSpec {
   /** `strings` and `numbers` are lists, comma-separated on the command line. */
@@ -26,8 +33,8 @@ export interface OptionSpec {
   /** What stands for the value on a help page. */
   readonly placeholder?: string;
   readonly choices?: readonly string[];
-  /** One value for all methods, a rule, or one of these per method. */
-  readonly default?: Value | DefaultRule | { readonly [M in Method]?: Value | DefaultRule };
+  /** One for all methods, or one per method. */
+  readonly default?: Default | { readonly [M in Method]?: Default };
   readonly required?: true;
   readonly min?: number;
   readonly max?: number;
@@ -39,6 +46,8 @@ export interface OptionSpec {
   /** Why a command that a user may expect to have this option does not. */
   readonly absent?: { readonly [M in Method]?: string };
   readonly help: string;
+  /** The help of one command where it differs. */
+  readonly helpOf?: { readonly [M in Method]?: string };
 }
 
 const train = ['sft', 'dpo', 'spo'] as const;
@@ -51,8 +60,8 @@ const fromLora = (lora: number, other: number): DefaultRule => ({
 
 /** SPO's two learning rates follow `--learning-rate` where they are not given themselves. */
 const levelRate: DefaultRule = {
-  text: '1e-5, or --learning-rate where that is given',
-  value: (chosen) => chosen.learningRate ?? 1e-5,
+  text: '1e-5, or --learning-rate',
+  value: (chosen) => (chosen.learningRate as number | undefined) ?? 1e-5,
 };
 
 /** The seven linear maps of a Llama or Qwen2 block. */
@@ -89,14 +98,15 @@ export const optionTable = {
     placeholder: 'DIR',
     required: true,
     default: { demo: 'keelgrad-demo' },
-    help: 'folder for metrics.jsonl, run.json, adapter/ and model/',
+    help: 'folder for what the run writes',
   },
   adapter: {
     type: 'string',
     methods: trainAndScore,
     group: files,
     placeholder: 'DIR',
-    help: 'PEFT adapter to start from (its own rank, alpha and targets hold)',
+    help: 'PEFT adapter to start from; its rank, alpha and targets hold',
+    helpOf: { score: 'PEFT adapter on top of the model' },
   },
   overwrite: {
     type: 'boolean',
@@ -111,7 +121,11 @@ export const optionTable = {
     group: files,
     placeholder: 'TYPE',
     choices: ['float32', 'float64', 'bfloat16', 'float16'],
-    help: 'dtype of saved weights; without it float32, or float64 with --dtype float64',
+    default: {
+      text: 'float32; float64 with --dtype float64',
+      value: (chosen: Chosen) => (chosen.dtype === 'float64' ? 'float64' : 'float32'),
+    },
+    help: 'dtype of saved weights',
   },
 
   train: {
@@ -122,7 +136,7 @@ export const optionTable = {
     choices: ['lora', 'full', 'both'],
     default: 'lora',
     absent: { spo: 'spo always trains both levels, backbone and adapters' },
-    help: 'the adapter, the backbone, or both',
+    help: 'what is trained',
   },
   sftReduction: {
     type: 'string',
@@ -131,7 +145,7 @@ export const optionTable = {
     placeholder: 'NAME',
     choices: ['token-mean', 'sum'],
     default: { sft: 'token-mean', spo: 'sum' },
-    help: 'mean over the tokens of the batch, or sum over tokens and mean over records',
+    help: 'token-mean (over the batch) or sum (over tokens, mean over records)',
   },
   beta: {
     type: 'number',
@@ -169,7 +183,7 @@ export const optionTable = {
     min: 0,
     below: 0.5,
     default: 0,
-    help: 'probability that a label is flipped, for --loss-type robust',
+    help: 'share of flipped labels that --loss-type robust assumes',
   },
   reference: {
     type: 'string',
@@ -178,7 +192,7 @@ export const optionTable = {
     placeholder: 'WHICH',
     choices: ['initial', 'base', 'none'],
     default: 'initial',
-    help: 'the policy as it starts, an initial adapter included; the model without adapter; no reference',
+    help: 'initial (the policy as it starts, its adapter included), base (the model alone) or none',
   },
   lambda: {
     type: 'number',
@@ -186,7 +200,7 @@ export const optionTable = {
     group: objective,
     min: 0,
     default: 1,
-    help: 'weight of the penalty on the lower level, L_SFT - L*_SFT',
+    help: 'weight of the lower-level penalty L_SFT - L*_SFT',
   },
   gamma: {
     type: 'number',
@@ -194,7 +208,7 @@ export const optionTable = {
     group: objective,
     min: 0,
     default: 0,
-    help: 'weight of the gradient-norm regularizer max(0, |g_chosen| - |g_rejected|)',
+    help: 'weight of the regularizer max(0, |g_chosen| - |g_rejected|)',
   },
   normOver: {
     type: 'string',
@@ -246,7 +260,8 @@ export const optionTable = {
     min: 0,
     below: 1,
     default: { sft: 0.05, dpo: 0, spo: 0 },
-    help: 'dropout on the adapter input; off in preference losses',
+    help: 'dropout on the input of adapters',
+    helpOf: { dpo: 'always 0: preference losses have no dropout', spo: 'always 0: preference losses have no dropout' },
   },
   loraTargets: {
     type: 'strings',
@@ -257,7 +272,7 @@ export const optionTable = {
       text: 'all seven linears',
       value: () => linearNames,
     },
-    help: "linears that get an adapter: names, full module paths as PEFT's, or all-linear",
+    help: 'linears with an adapter: names, module paths, or all-linear',
   },
   rslora: {
     type: 'boolean',
@@ -275,8 +290,10 @@ export const optionTable = {
     default: {
       sft: fromLora(2e-4, 2e-5),
       dpo: fromLora(1e-5, 1e-6),
+      spo: { without: 'that of each level' },
     },
-    help: 'step size; spo: of both levels at once',
+    help: 'step size',
+    helpOf: { spo: 'step size of both levels at once' },
   },
   learningRateBackbone: {
     type: 'number',
@@ -380,7 +397,7 @@ export const optionTable = {
     placeholder: 'WHICH',
     choices: ['matrices', 'all'],
     default: 'matrices',
-    help: 'what decays: matrices leaves out biases and norm weights',
+    help: 'matrices (no biases, no norm weights) or all',
   },
   maxGradNorm: {
     type: 'number',
@@ -388,7 +405,7 @@ export const optionTable = {
     group: optimizer,
     min: 0,
     default: 1,
-    help: 'clips the norm over all trained parameters together; 0 is off',
+    help: 'clips the joint norm of all gradients; 0 is off',
   },
 
   epochs: {
@@ -405,7 +422,7 @@ export const optionTable = {
     methods: train,
     group: batches,
     min: 1,
-    help: 'exactly this many steps, cycling over the data, instead of epochs',
+    help: 'exactly so many steps, cycling over the data, instead of epochs',
   },
   batchSize: {
     type: 'integer',
@@ -413,7 +430,8 @@ export const optionTable = {
     group: batches,
     min: 1,
     default: { sft: 8, dpo: 4, spo: 4, score: 4 },
-    help: 'records (sft) or pairs at once',
+    help: 'pairs at once',
+    helpOf: { sft: 'records at once' },
   },
   gradientAccumulationSteps: {
     type: 'integer',
@@ -428,8 +446,8 @@ export const optionTable = {
     methods: trainAndScore,
     group: batches,
     min: 2,
-    default: { sft: 1024, dpo: 1024, spo: 1024 },
-    help: 'longest sequence in tokens: the start is kept, a prompt that fills it drops the record',
+    default: { sft: 1024, dpo: 1024, spo: 1024, score: { without: 'off' } },
+    help: 'tokens kept of a sequence; a prompt that fills them drops the record',
   },
   shuffle: {
     type: 'boolean',
@@ -446,7 +464,7 @@ export const optionTable = {
     placeholder: 'NAME',
     choices: ['auto', 'cpu', 'cuda'],
     default: 'auto',
-    help: 'where to compute; auto is the GPU where one can be used',
+    help: 'auto (a GPU that can be used, else the CPU), cpu or cuda',
   },
   dtype: {
     type: 'string',
@@ -455,14 +473,16 @@ export const optionTable = {
     placeholder: 'TYPE',
     choices: ['float32', 'bfloat16', 'float64'],
     default: 'float32',
-    help: 'dtype of computation; bfloat16 keeps float32 master weights',
+    help: 'dtype of computation',
   },
   threads: {
     type: 'integer',
     methods: ['sft', 'dpo', 'spo', 'score', 'demo'],
     group: machine,
     min: 1,
-    help: 'CPU threads; without it one for each core',
+    max: 256,
+    default: { without: 'one for each core' },
+    help: 'CPU threads',
   },
   seed: {
     type: 'integer',

@@ -5,8 +5,10 @@ import { didYouMean, KeelgradError, show, suggest } from '../errors.js';
 import { checkRules, isLive, type Naming } from './option-rules.js';
 import {
   type Chosen,
+  type Default,
   type DefaultRule,
   type Method,
+  type NoDefault,
   type OptionKey,
   type OptionSpec,
   type OptionTable,
@@ -31,13 +33,15 @@ type KeyOf<M extends Method> = {
   [K in OptionKey]: M extends OptionTable[K]['methods'][number] ? K : never;
 }[OptionKey];
 
+type IsPlain<D> = D extends string | number | boolean | readonly unknown[] | DefaultRule ? true : false;
+
 type HasDefault<Spec, M> = Spec extends { required: true }
   ? true
   : Spec extends { default: infer D }
-    ? D extends string | number | boolean | readonly unknown[] | DefaultRule
+    ? IsPlain<D> extends true
       ? true
       : M extends keyof D
-        ? true
+        ? IsPlain<D[M]>
         : false
     : false;
 
@@ -84,22 +88,23 @@ export function optionsOf(method: Method): OptionKey[] {
   return (Object.keys(specs) as OptionKey[]).filter((key) => specs[key].methods.includes(method));
 }
 
-function ruleOrValue(spec: OptionSpec, method: Method): Value | DefaultRule | undefined {
-  const given = spec.default;
-  if (given === undefined || typeof given !== 'object' || Array.isArray(given) || 'value' in given) {
-    return given as Value | DefaultRule | undefined;
-  }
-  return (given as { readonly [M in Method]?: Value | DefaultRule })[method];
-}
+const isRule = (value: Default | undefined): value is DefaultRule => typeof value === 'object' && 'text' in value;
 
-const isRule = (value: Value | DefaultRule | undefined): value is DefaultRule =>
-  typeof value === 'object' && 'value' in value;
+const isWithout = (value: Default | undefined): value is NoDefault => typeof value === 'object' && 'without' in value;
+
+function defaultOf(key: OptionKey, method: Method): Default | undefined {
+  const found = specOf(key).default;
+  const plain = typeof found !== 'object' || Array.isArray(found);
+  if (plain || isRule(found as Default) || isWithout(found as Default)) return found as Default | undefined;
+  return (found as { readonly [M in Method]?: Default })[method];
+}
 
 /** The default as a help page prints it, or undefined where there is none to print. */
 export function defaultText(key: OptionKey, method: Method): string | undefined {
-  const found = ruleOrValue(specOf(key), method);
+  const found = defaultOf(key, method);
   if (found === undefined || typeof found === 'boolean') return undefined;
   if (isRule(found)) return found.text;
+  if (isWithout(found)) return found.without;
   return typeof found === 'number' && found !== 0 && Math.abs(found) < 1e-3 ? found.toExponential() : String(found);
 }
 
@@ -290,11 +295,15 @@ export function resolveOptions<M extends Method>(
   const { naming = libraryNaming, requirePaths = true } = settings;
   const values = normalizeKeys(method, given, naming);
   const chosen: Record<string, Value | undefined> = {};
+  const rules: [OptionKey, DefaultRule][] = [];
   for (const key of optionsOf(method)) {
-    const found = ruleOrValue(specOf(key), method);
-    const fallback = isRule(found) ? found.value(chosen) : found;
-    chosen[key] = key in values ? checked(key, values[key], naming) : fallback;
+    const fallback = defaultOf(key, method);
+    if (key in values) chosen[key] = checked(key, values[key], naming);
+    else if (isRule(fallback)) rules.push([key, fallback]);
+    else chosen[key] = isWithout(fallback) ? undefined : fallback;
   }
+  const plain = { ...chosen };
+  for (const [key, rule] of rules) chosen[key] = rule.value(plain);
   if (requirePaths) checkRequired(method, chosen, naming);
   const isGiven = (key: OptionKey): boolean => key in values;
   checkRules({ method, chosen, isGiven, naming });

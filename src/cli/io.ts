@@ -1,0 +1,79 @@
+// What a command may touch of the outside: its streams, signals and the work behind it, all replaceable in tests.
+// Loads nothing heavy: the work is imported when it is called for.
+
+import type { ScoreHooks, ScoreSummary, TrainHooks, TrainResult } from '../train/hooks.js';
+import type { DemoOptions, ResolvedScoreOptions, ResolvedTrainOptions } from '../train/options.js';
+import type { ProgressStream } from '../train/progress.js';
+
+export interface CliIo {
+  readonly stdout: ProgressStream;
+  readonly stderr: ProgressStream;
+  readonly env: Readonly<Record<string, string | undefined>>;
+  readonly signals: {
+    on(name: 'SIGINT' | 'SIGTERM', listener: () => void): unknown;
+    off(name: 'SIGINT' | 'SIGTERM', listener: () => void): unknown;
+  };
+  /** Ends the process at once. */
+  exit(code: number): void;
+}
+
+/** What `keelgrad info` reports of the native layer. */
+export interface RuntimeInfo {
+  /** Path of the loaded addon. */
+  readonly addon: string;
+  readonly isa: string;
+  readonly cpuFeatures: readonly string[];
+  readonly threads: number;
+  readonly hardwareThreads: number;
+  readonly cuda: { readonly available: boolean; readonly reason?: string; readonly remedy?: string };
+}
+
+/** Handed to the demo beside its options. */
+export interface DemoContext {
+  readonly stdout: ProgressStream;
+  readonly stderr: ProgressStream;
+  readonly signal: AbortSignal;
+}
+
+/** The functions that commands call, once their options are known good. */
+export interface Work {
+  runTraining(options: ResolvedTrainOptions, hooks: TrainHooks): Promise<TrainResult>;
+  scoreFile(options: ResolvedScoreOptions, hooks: ScoreHooks): Promise<ScoreSummary>;
+  runDemo(options: DemoOptions, context: DemoContext): Promise<void>;
+  runtimeInfo(): Promise<RuntimeInfo>;
+}
+
+export const defaultWork: Work = {
+  runTraining: async (options, hooks) => (await import('../train/run.js')).runTraining(options, hooks),
+  scoreFile: async (options, hooks) => (await import('../train/score.js')).scoreFile(options, hooks),
+  runDemo: async (options, context) => (await import('./demo.js')).runDemo(options, context),
+  runtimeInfo: async () => (await import('../native/info.js')).runtimeInfo(),
+};
+
+/**
+ * Runs `body` with a signal that Ctrl-C (or SIGTERM) aborts, so that it can finish its step and save.
+ * The second Ctrl-C ends the process at once, with the code shells expect.
+ */
+export async function withInterrupt<T>(
+  io: CliIo,
+  announce: (text: string) => void,
+  body: (signal: AbortSignal) => Promise<T>,
+): Promise<T> {
+  const controller = new AbortController();
+  const onSignal = (): void => {
+    if (controller.signal.aborted) {
+      io.exit(130);
+      return;
+    }
+    controller.abort();
+    announce('stopping after the current step; press Ctrl-C again to stop at once, without saving');
+  };
+  io.signals.on('SIGINT', onSignal);
+  io.signals.on('SIGTERM', onSignal);
+  try {
+    return await body(controller.signal);
+  } finally {
+    io.signals.off('SIGINT', onSignal);
+    io.signals.off('SIGTERM', onSignal);
+  }
+}
