@@ -25,6 +25,8 @@ export interface Contribution {
 /** Receives the gradient contributions of one leaf, in backward order. Called outside of differentiable backward only. */
 export interface GradientSink {
   accept(contribution: Contribution | Tensor): void;
+  /** Where kernels that accumulate may add this leaf's gradient themselves; null: hand everything to accept. */
+  readonly buffer: Tensor | null;
 }
 
 export type Cotangent = Tensor | Contribution | null;
@@ -43,6 +45,8 @@ export interface BackwardContext {
   saved: readonly Tensor[];
   needs: readonly boolean[];
   differentiable: boolean;
+  /** The accumulation buffer of input i's sink, shaped like the input; null where there is none. */
+  buffer: (input: number) => Tensor | null;
 }
 
 interface Saved {
@@ -295,6 +299,7 @@ function step(node: Node, bit: number, cotangents: (Tensor | null)[], pending: M
       saved,
       needs,
       differentiable,
+      buffer: (i) => (differentiable ? null : (node.parents[i]?.sink?.buffer ?? null)),
     };
     const given = node.backward(context);
     const tensors = node.parents.map((parent, i): Tensor | null => {

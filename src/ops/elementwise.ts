@@ -147,7 +147,9 @@ export function binary(name: BinaryName, a: Tensor, b: Tensor | number): Tensor 
   const inputs = scalar === null ? [a, b as Tensor] : [a];
   const dtype = scalar === null ? promote(a.dtype, (b as Tensor).dtype) : a.dtype;
   if (dtype === 'bool' || dtype === 'uint8' || dtype === 'float16')
-    throw new TypeError(`[${name}] expected float32, float64, bfloat16 or int32, found ${inputs.join(' and ')}; cast first`);
+    throw new TypeError(
+      `[${name}] expected float32, float64, bfloat16 or int32, found ${inputs.join(' and ')}; cast first`,
+    );
   const shape = scalar === null ? broadcastShapes(name, a.shape, (b as Tensor).shape) : a.shape;
   const out = emptyLike(a, shape, dtype);
   if (out.size > 0) {
@@ -161,7 +163,13 @@ export function binary(name: BinaryName, a: Tensor, b: Tensor | number): Tensor 
   const row: BinaryRow = binaryRows[name];
   const pick = { a, b: scalar === null ? (b as Tensor) : a, y: out };
   const backward: Backward = ({ g, saved, needs }) => row.gradient(g, saved as Tensor[], needs, scalar);
-  return record(name, inputs, [out], row.saves.map((s) => pick[s]), backward)[0];
+  return record(
+    name,
+    inputs,
+    [out],
+    row.saves.map((s) => pick[s]),
+    backward,
+  )[0];
 }
 
 /** The operand as the kernel wants it: common dtype, broadcast by strides. */
@@ -241,7 +249,8 @@ export const greaterEqual: Compare = compareOp('greaterEqual');
 
 /** condition ? a : b, all broadcast; condition bool. The gradient of the side not taken is zero. */
 export function where(condition: Tensor, a: Tensor, b: Tensor): Tensor {
-  if (condition.dtype !== 'bool') throw new TypeError(`[where] expected a bool condition, found ${condition.describe()}`);
+  if (condition.dtype !== 'bool')
+    throw new TypeError(`[where] expected a bool condition, found ${condition.describe()}`);
   const dtype = promote(a.dtype, b.dtype);
   const shape = broadcastShapes('where', condition.shape, broadcastShapes('where', a.shape, b.shape));
   const out = emptyLike(a, shape, dtype);

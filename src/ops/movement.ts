@@ -36,7 +36,10 @@ export function copyInto(into: Tensor, x: Tensor): void {
 }
 
 /** `[count]`: start, start + step, ... */
-export function arange(count: number, options: { start?: number; step?: number; dtype?: DType; device?: 'cpu' } = {}): Tensor {
+export function arange(
+  count: number,
+  options: { start?: number; step?: number; dtype?: DType; device?: 'cpu' } = {},
+): Tensor {
   const out = Tensor.empty([count], { dtype: options.dtype ?? 'int32', device: options.device });
   if (count > 0) launch('arange', [out], [options.start ?? 0, options.step ?? 1]);
   return out;
@@ -91,7 +94,11 @@ export function reshape(x: Tensor, shape: readonly number[]): Tensor {
 function resolveShape(x: Tensor, shape: readonly number[]): readonly number[] {
   const known = sizeOf(shape.filter((n) => n !== -1));
   const resolved = shape.map((n) => (n === -1 ? x.size / (known || 1) : n));
-  if (shape.filter((n) => n === -1).length > 1 || sizeOf(resolved) !== x.size || resolved.some((n) => !Number.isInteger(n)))
+  if (
+    shape.filter((n) => n === -1).length > 1 ||
+    sizeOf(resolved) !== x.size ||
+    resolved.some((n) => !Number.isInteger(n))
+  )
     throw new RangeError(`[reshape] expected ${x.size} elements as in ${x.describe()}, found shape [${shape}]`);
   return resolved;
 }
@@ -143,10 +150,17 @@ export function squeeze(x: Tensor, axis: number): Tensor {
 }
 
 /** Elements [start, end) along an axis: a view. */
-export function slice(x: Tensor, axis: number, start: number, end: number = x.shape[axis < 0 ? axis + x.ndim : axis]): Tensor {
+export function slice(
+  x: Tensor,
+  axis: number,
+  start: number,
+  end: number = x.shape[axis < 0 ? axis + x.ndim : axis],
+): Tensor {
   const at = normalizeAxis('slice', axis, x.ndim);
   if (!Number.isInteger(start) || !Number.isInteger(end) || start < 0 || end < start || end > x.shape[at])
-    throw new RangeError(`[slice] expected 0 <= start <= end <= ${x.shape[at]} along axis ${axis}, found ${start} to ${end}`);
+    throw new RangeError(
+      `[slice] expected 0 <= start <= end <= ${x.shape[at]} along axis ${axis}, found ${start} to ${end}`,
+    );
   const out = sliceView(x, at, start, end);
   const from = x.shape;
   return record('slice', [x], [out], [], ({ g }) => [padSlice(g, from, at, start)])[0];
@@ -158,7 +172,8 @@ function sliceView(x: Tensor, axis: number, start: number, end: number): Tensor 
   return x.view(shape, x.strides, x.byteOffset + start * x.strides[axis] * itemBytes);
 }
 
-const elementBytes = (x: Tensor): number => ({ float64: 8, float32: 4, int32: 4, bfloat16: 2, float16: 2, uint8: 1, bool: 1 })[x.dtype];
+const elementBytes = (x: Tensor): number =>
+  ({ float64: 8, float32: 4, int32: 4, bfloat16: 2, float16: 2, uint8: 1, bool: 1 })[x.dtype];
 
 /** Zeros of `shape` with `g` at `start` along an axis: the adjoint of slice. */
 function padSlice(g: Tensor, shape: readonly number[], axis: number, start: number): Tensor {
@@ -175,10 +190,19 @@ export function concat(parts: readonly Tensor[], axis = 0): Tensor {
   if (parts.length === 0) throw new RangeError('[concat] expected at least one tensor, found none');
   const at = normalizeAxis('concat', axis, parts[0].ndim);
   for (const p of parts)
-    if (p.dtype !== parts[0].dtype || p.ndim !== parts[0].ndim || p.shape.some((n, i) => i !== at && n !== parts[0].shape[i]))
-      throw new RangeError(`[concat] expected tensors like ${parts[0].describe()} apart from axis ${axis}, found ${p.describe()}`);
+    if (
+      p.dtype !== parts[0].dtype ||
+      p.ndim !== parts[0].ndim ||
+      p.shape.some((n, i) => i !== at && n !== parts[0].shape[i])
+    )
+      throw new RangeError(
+        `[concat] expected tensors like ${parts[0].describe()} apart from axis ${axis}, found ${p.describe()}`,
+      );
   const total = parts.reduce((n, p) => n + p.shape[at], 0);
-  const out = emptyLike(parts[0], parts[0].shape.map((n, i) => (i === at ? total : n)));
+  const out = emptyLike(
+    parts[0],
+    parts[0].shape.map((n, i) => (i === at ? total : n)),
+  );
   const starts: number[] = [];
   let start = 0;
   for (const p of parts) {
@@ -189,7 +213,9 @@ export function concat(parts: readonly Tensor[], axis = 0): Tensor {
     start += p.shape[at];
   }
   const lengths = parts.map((p) => p.shape[at]);
-  return record('concat', parts, [out], [], ({ g }) => lengths.map((n, i) => slice(g, at, starts[i], starts[i] + n)))[0];
+  return record('concat', parts, [out], [], ({ g }) =>
+    lengths.map((n, i) => slice(g, at, starts[i], starts[i] + n)),
+  )[0];
 }
 
 /** New leading axis over equal tensors. */

@@ -1,9 +1,9 @@
 // Reductions: over any axes, in a fixed order, accumulated in float32 at least.
 import { record } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
-import { normalizeAxis, sameShape, sizeOf } from '../tensor/shape.js';
+import { contiguousStrides, normalizeAxis, sameShape, sizeOf } from '../tensor/shape.js';
 import type { Tensor } from '../tensor/tensor.js';
-import { equal, mul } from './elementwise.js';
+import { equal, mul, reciprocal } from './elementwise.js';
 import { broadcastTo, cast, emptyLike, reshape } from './movement.js';
 
 export interface ReduceOptions {
@@ -19,7 +19,8 @@ function plan(op: string, x: Tensor, options: ReduceOptions): { reduced: number[
   return { reduced, kept: x.shape.map((_, i) => i).filter((i) => !reduced.includes(i)) };
 }
 
-const keptShape = (x: Tensor, reduced: readonly number[]): number[] => x.shape.map((n, i) => (reduced.includes(i) ? 1 : n));
+const keptShape = (x: Tensor, reduced: readonly number[]): number[] =>
+  x.shape.map((n, i) => (reduced.includes(i) ? 1 : n));
 
 /** Runs a reduction kernel over `reduced`; the result has length 1 there. */
 function reduceRaw(kernel: string, x: Tensor, reduced: readonly number[], kept: readonly number[]): Tensor {
@@ -31,7 +32,7 @@ function reduceRaw(kernel: string, x: Tensor, reduced: readonly number[], kept: 
     order.map((i) => x.strides[i]),
   );
   const shape = kept.map((i) => x.shape[i]);
-  const to = out.view(shape, shape.map((_, i) => sizeOf(shape.slice(i + 1))));
+  const to = out.view(shape, contiguousStrides(shape));
   launch(kernel, [to, from], [reduced.length]);
   from.dispose();
   to.dispose();
@@ -39,7 +40,12 @@ function reduceRaw(kernel: string, x: Tensor, reduced: readonly number[], kept: 
 }
 
 const finish = (x: Tensor, y: Tensor, reduced: readonly number[], options: ReduceOptions): Tensor =>
-  options.keepDims ? y : reshape(y, x.shape.filter((_, i) => !reduced.includes(i)));
+  options.keepDims
+    ? y
+    : reshape(
+        y,
+        x.shape.filter((_, i) => !reduced.includes(i)),
+      );
 
 /** Sum over axes. Also for int32. */
 export function sum(x: Tensor, options: ReduceOptions = {}): Tensor {
@@ -64,7 +70,7 @@ function extreme(kernel: 'reduceMax' | 'reduceMin', x: Tensor, options: ReduceOp
     const top = reduceRaw(kernel, value, reduced, kept);
     const hits = cast(equal(value, top), g.dtype);
     const ties = reduceRaw('reduceSum', hits, reduced, kept);
-    return [mul(broadcastTo(g, value.shape), mul(hits, ties.reciprocal()))];
+    return [mul(broadcastTo(g, value.shape), mul(hits, reciprocal(ties)))];
   })[0];
   return finish(x, y, reduced, options);
 }

@@ -50,7 +50,11 @@ export function broadcastShapes(op: string, a: readonly number[], b: readonly nu
 }
 
 /** Strides of a tensor of `shape` seen as the broadcast shape `to`. */
-export function broadcastStrides(shape: readonly number[], strides: readonly number[], to: readonly number[]): number[] {
+export function broadcastStrides(
+  shape: readonly number[],
+  strides: readonly number[],
+  to: readonly number[],
+): number[] {
   const shift = to.length - shape.length;
   return to.map((n, i) => (i < shift || (shape[i - shift] === 1 && n !== 1) ? 0 : strides[i - shift]));
 }

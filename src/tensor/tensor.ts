@@ -236,7 +236,8 @@ function flatten(values: NestedNumbers, shape: readonly number[]): number[] {
   const flat: number[] = [];
   const walk = (v: NestedNumbers, axis: number): void => {
     if (axis === shape.length) {
-      if (typeof v !== 'number') throw new TypeError(`[Tensor.from] expected numbers at depth ${axis}, found ${typeof v}`);
+      if (typeof v !== 'number')
+        throw new TypeError(`[Tensor.from] expected numbers at depth ${axis}, found ${typeof v}`);
       flat.push(v);
       return;
     }
@@ -282,7 +283,7 @@ function toFloat16(value: number): number {
   const sign = (bits >>> 16) & 0x8000;
   const magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return sign | 0x7e00;
-  if (magnitude >= 0x47800000) return sign | (magnitude >= 0x477ff000 ? 0x7c00 : 0);
+  if (magnitude >= 0x47800000) return sign | 0x7c00;
   if (magnitude < 0x38800000) {
     // Subnormal: a multiple of 2^-24, ties to even by the addition of 2^-1 in float32 arithmetic.
     scratchBits[0] = magnitude;

@@ -1,0 +1,64 @@
+// Gradient checkpointing and custom functions.
+import { scope } from '../tensor/scope.js';
+import type { Tensor } from '../tensor/tensor.js';
+import { type Cotangent, differentiate, forbidCaptured, record } from './tape.js';
+
+/**
+ * Runs `f` without keeping its intermediate tensors; backward runs it again. Pays one more forward for the memory of f.
+ *
+ * @param f a function of its arguments alone: a differentiated tensor that it captures is an error
+ */
+export function checkpoint(f: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor {
+  const output = scope(() => forbidCaptured(() => f(...inputs.map((t) => t.detach()))));
+  return record(
+    'checkpoint',
+    inputs,
+    [output.node === null && inputs.includes(output) ? output.alias() : output],
+    inputs,
+    ({ g, saved, needs }) => {
+      const wanted = saved.filter((_, i) => needs[i]);
+      const { gradients } = differentiate(
+        wanted,
+        (tracked) => {
+          let at = 0;
+          return f(...saved.map((t, i) => (needs[i] ? tracked[at++] : t)));
+        },
+        (y) => [{ tensor: y, cotangent: g }],
+      );
+      let at = 0;
+      return saved.map((_, i) => (needs[i] ? gradients[at++] : null));
+    },
+  )[0];
+}
+
+/** A function with a derivative of the caller's own. */
+export interface CustomFunction {
+  /** Named in errors. */
+  name: string;
+  /** The value, and the tensors that backward needs. */
+  forward: (...inputs: Tensor[]) => { output: Tensor; saved: readonly Tensor[] };
+  /** The cotangent of each input (null: zero), made of differentiable ops if it is to be differentiated again. */
+  backward: (g: Tensor, saved: readonly Tensor[]) => readonly (Tensor | null)[];
+}
+
+/** A differentiable function from a hand-written forward and backward. */
+export function customFunction(definition: CustomFunction): (...inputs: Tensor[]) => Tensor {
+  return (...inputs) => {
+    const { output, saved } = forbidCaptured(() => definition.forward(...inputs.map((t) => t.detach())));
+    const own = output.alias();
+    return record(
+      definition.name,
+      inputs,
+      [own],
+      saved.map((s) => (s === output ? own : s)),
+      ({ g, saved: kept }) => {
+        const cotangents = definition.backward(g, kept) as readonly Cotangent[];
+        if (cotangents.length !== inputs.length)
+          throw new Error(
+            `[${definition.name}] expected ${inputs.length} cotangents from backward, found ${cotangents.length}`,
+          );
+        return cotangents;
+      },
+    )[0];
+  };
+}

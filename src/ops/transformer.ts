@@ -1,0 +1,256 @@
+// The fused ops of a transformer block: RMSNorm, rotary embedding, SwiGLU, attention over packed segments, LoRA linear.
+import { type Cotangent, record } from '../autograd/tape.js';
+import { launch } from '../native/launch.js';
+import { accumulationDType } from '../tensor/dtype.js';
+import { Tensor } from '../tensor/tensor.js';
+import { add, mul, neg, rsqrt, silu, square, sub, where } from './elementwise.js';
+import { fused } from './fused.js';
+import {
+  cast,
+  concat,
+  contiguous,
+  emptyLike,
+  full,
+  gatherRows,
+  permute,
+  reshape,
+  slice,
+  transpose,
+  unsqueeze,
+} from './movement.js';
+import { asRows, LinearContribution, linear, matmul, matmulInto, requireLinear } from './product.js';
+import { mean, sum } from './reduce.js';
+import type { SegmentLayout } from './segments.js';
+import { softmax } from './softmax.js';
+
+const statsLike = (x: Tensor, shape: readonly number[]): Tensor => emptyLike(x, shape, accumulationDType(x.dtype));
+
+/** A contiguous tensor off the tape, for kernels; dispose of it. */
+const bare = (x: Tensor): Tensor => (x.contiguous ? x.detach() : contiguous(x.detach()));
+
+/** Zeroed buffer for a gradient that a kernel accumulates into, in the accumulation dtype. */
+function accumulator(like: Tensor): Tensor {
+  const t = statsLike(like, like.shape);
+  launch('fill', [t], [0]);
+  return t;
+}
+
+/** rmsNorm from primitive ops. */
+export function rmsNormDefinition(x: Tensor, weight: Tensor, eps: number): Tensor {
+  const rstd = rsqrt(add(mean(square(x), { axes: -1, keepDims: true }), eps));
+  return mul(mul(x, rstd), weight);
+}
+
+/** x / sqrt(mean(x²) + eps) * weight over the last axis: x `[..., H]`, weight `[H]` (Zhang and Sennrich 2019). */
+export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
+  const width = x.shape[x.ndim - 1];
+  if (weight.ndim !== 1 || weight.shape[0] !== width || weight.dtype !== x.dtype)
+    throw new RangeError(
+      `[rmsNorm] expected x [..., H] and weight [H] of one dtype, found ${x.describe()} and ${weight.describe()}`,
+    );
+  const rows = asRows(x);
+  const y = fused({
+    name: 'rmsNorm',
+    inputs: [rows, weight],
+    forward: () => {
+      const output = emptyLike(rows);
+      const rstd = statsLike(rows, [rows.shape[0]]);
+      const flat = bare(rows);
+      if (output.size > 0) launch('rmsNorm', [output, rstd, flat, weight], [eps]);
+      flat.dispose();
+      return { output, saved: [rstd] };
+    },
+    definition: (a, w) => rmsNormDefinition(a, w, eps),
+    backward: ({ g, saved: [a, w, rstd], needs, buffer }) => {
+      const input = bare(a);
+      const dy = bare(g);
+      const dx = needs[0] ? emptyLike(input) : null;
+      const sink = needs[1] ? buffer(1) : null;
+      const dw = needs[1] ? (sink ?? accumulator(w)) : null;
+      if (input.size > 0) launch('rmsNormBackward', [dx, dw, dy, input, w, rstd, null]);
+      return [dx, sink ? null : dw];
+    },
+  });
+  return x.ndim === 2 ? y : reshape(y, x.shape);
+}
+
+/** rotaryEmbedding from primitive ops. */
+export function rotaryDefinition(x: Tensor, positions: Tensor, table: Tensor, inverse = false): Tensor {
+  const half = x.shape[2] / 2;
+  const rows = cast(gatherRows(table, positions), x.dtype);
+  const cos = unsqueeze(slice(rows, 1, 0, half), 1);
+  const sin = unsqueeze(slice(rows, 1, half, 2 * half), 1);
+  const turned = inverse ? neg(sin) : sin;
+  const a = slice(x, 2, 0, half);
+  const b = slice(x, 2, half, 2 * half);
+  return concat([sub(mul(a, cos), mul(b, turned)), add(mul(b, cos), mul(a, turned))], 2);
+}
+
+/**
+ * Rotary position embedding (Su et al. 2021) in Hugging Face's layout of two halves: x `[T, heads, D]`, int32 `positions [T]`,
+ * table `[P, D]` of cosines and sines (ropeTable). Linear in x: its gradient is the inverse rotation, its own kind of op.
+ */
+export function rotaryEmbedding(x: Tensor, positions: Tensor, table: Tensor, inverse = false): Tensor {
+  if (x.ndim !== 3 || x.shape[2] % 2 !== 0 || table.shape[1] !== x.shape[2] || positions.size !== x.shape[0])
+    throw new RangeError(
+      `[rotaryEmbedding] expected x [T, heads, D], positions [T], table [P, D], found ${x.describe()}, ${positions.describe()}, ${table.describe()}`,
+    );
+  const out = emptyLike(x);
+  const input = x.strides[2] === 1 ? x.detach() : bare(x);
+  if (out.size > 0) launch('rotary', [out, input, positions, table], [inverse ? 1 : 0]);
+  input.dispose();
+  return record('rotaryEmbedding', [x], [out], [positions, table], ({ g, saved: [p, t] }) => [
+    rotaryEmbedding(g, p, t, !inverse),
+  ])[0];
+}
+
+/** silu(gate) * up (Shazeer 2020), any equal shapes. */
+export function swiglu(gate: Tensor, up: Tensor): Tensor {
+  const inputs = [asRows(gate), asRows(up)];
+  const y = fused({
+    name: 'swiglu',
+    inputs,
+    forward: () => {
+      const output = emptyLike(gate, inputs[0].shape);
+      const [a, b] = inputs.map((t) => (t.strides[1] === 1 ? t.detach() : bare(t)));
+      if (output.size > 0) launch('swiglu', [output, a, b]);
+      a.dispose();
+      b.dispose();
+      return { output, saved: [] };
+    },
+    definition: (a, b) => mul(silu(a), b),
+    backward: ({ g, saved: [a, b] }) => {
+      const [x, y, dy] = [bare(a), bare(b), bare(g)];
+      const grads = [emptyLike(x), emptyLike(y)];
+      if (x.size > 0) launch('swigluBackward', [grads[0], grads[1], dy, x, y, null]);
+      return grads;
+    },
+  });
+  return gate.ndim === 2 ? y : reshape(y, gate.shape);
+}
+
+/** Attention from primitive ops: dense scores with a mask. For tests and derivatives of higher order: O(T²) memory. */
+export function attentionDefinition(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: number): Tensor {
+  const [rows, heads, width] = q.shape;
+  const groups = k.shape[1];
+  const grouped = (t: Tensor): Tensor => unsqueeze(permute(t, [1, 0, 2]), 1);
+  const queries = reshape(permute(q, [1, 0, 2]), [groups, heads / groups, rows, width]);
+  const scores = mul(matmul(queries, transpose(grouped(k))), scale);
+  const visible = cast(Tensor.from(layout.visibility(), { shape: [rows, rows], device: q.device }), 'bool');
+  const masked = where(visible, scores, full([1], Number.NEGATIVE_INFINITY, { dtype: scores.dtype, device: q.device }));
+  const mixed = matmul(softmax(masked), grouped(v));
+  return permute(reshape(mixed, [heads, rows, width]), [1, 0, 2]);
+}
+
+/**
+ * Causal grouped-query attention over packed segments: q `[T, Hq, D]`, k and v `[T, Hk, D]`, Hq a multiple of Hk. Rows of
+ * a segment see its parent's rows and their own up to themselves. Memory is linear in T.
+ *
+ * @param scale of the scores; 1/sqrt(D) by default
+ */
+export function groupedQueryAttention(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  layout: SegmentLayout,
+  scale: number = 1 / Math.sqrt(q.shape[2]),
+): Tensor {
+  if (
+    q.ndim !== 3 ||
+    k.ndim !== 3 ||
+    v.ndim !== 3 ||
+    q.shape[0] !== layout.total ||
+    q.shape[1] % k.shape[1] !== 0 ||
+    q.shape[2] !== k.shape[2]
+  )
+    throw new RangeError(
+      `[groupedQueryAttention] expected q [T, Hq, D] and k, v [T, Hk, D] with T = ${layout.total} and Hq a multiple of Hk, found ${q.describe()}, ${k.describe()}, ${v.describe()}`,
+    );
+  const rowMajor = (t: Tensor): Tensor => (t.strides[2] === 1 ? t.detach() : bare(t));
+  const { segments } = layout.on(q.device);
+  return fused({
+    name: 'groupedQueryAttention',
+    inputs: [q, k, v],
+    forward: () => {
+      const output = emptyLike(q, q.shape);
+      const lse = statsLike(q, q.shape.slice(0, 2));
+      const [a, b, c] = [q, k, v].map(rowMajor);
+      if (output.size > 0) launch('attention', [output, lse, a, b, c, segments], [scale]);
+      for (const t of [a, b, c]) t.dispose();
+      return { output, saved: [output, lse] };
+    },
+    definition: (a, b, c) => attentionDefinition(a, b, c, layout, scale),
+    backward: ({ g, saved: [a, b, c, output, lse] }) => {
+      const inputs = [a, b, c].map(rowMajor);
+      const grads = [a, b, c].map((t) => emptyLike(t, t.shape));
+      if (output.size > 0)
+        launch('attentionBackward', [...grads, bare(g), ...inputs, output, lse, segments, null, null], [scale]);
+      return grads;
+    },
+  });
+}
+
+/** loraLinear from primitive ops. */
+export function loraLinearDefinition(
+  x: Tensor,
+  weight: Tensor,
+  a: Tensor,
+  b: Tensor,
+  scale: number,
+  bias: Tensor | null = null,
+): Tensor {
+  return add(linear(x, weight, bias), mul(linear(linear(x, a), b), scale));
+}
+
+/**
+ * A linear layer with a low-rank adapter (Hu et al. 2021): x weightᵀ + bias + scale · (x aᵀ) bᵀ, for x `[R, in]`, weight
+ * `[out, in]`, a `[r, in]`, b `[out, r]`. The thin products accumulate into the base product; a and b may be float32 beside a
+ * bfloat16 weight and are rounded for the product.
+ */
+export function loraLinear(
+  x: Tensor,
+  weight: Tensor,
+  bias: Tensor | null,
+  a: Tensor,
+  b: Tensor,
+  scale: number,
+): Tensor {
+  const [loraA, loraB] = [cast(a, x.dtype), cast(b, x.dtype)];
+  requireLinear('loraLinear', x, weight);
+  requireLinear('loraLinear', x, loraA);
+  const inputs = bias ? [x, weight, loraA, loraB, bias] : [x, weight, loraA, loraB];
+  return fused({
+    name: 'loraLinear',
+    inputs,
+    forward: () => {
+      const output = emptyLike(x, [x.shape[0], weight.shape[0]]);
+      const low = emptyLike(x, [x.shape[0], a.shape[0]]);
+      const views = [weight, loraA, loraB].map((w) => w.view([w.shape[1], w.shape[0]], [w.strides[1], w.strides[0]]));
+      matmulInto(output, x, views[0], { bias });
+      matmulInto(low, x, views[1]);
+      matmulInto(output, low, views[2], { alpha: scale, accumulate: true });
+      for (const v of views) v.dispose();
+      return { output, saved: [low] };
+    },
+    definition: (xs, w, la, lb, c) => loraLinearDefinition(xs, w, la, lb, scale, c ?? null),
+    backward: ({ g, saved, needs }): Cotangent[] => {
+      const [xs, w, la, lb] = saved;
+      const low = saved[saved.length - 1];
+      const dlow = emptyLike(xs, [xs.shape[0], la.shape[0]]);
+      matmulInto(dlow, g, lb, { alpha: scale });
+      let dx: Tensor | null = null;
+      if (needs[0]) {
+        dx = emptyLike(xs);
+        matmulInto(dx, g, w);
+        matmulInto(dx, dlow, la, { accumulate: true });
+      }
+      return [
+        dx,
+        needs[1] ? new LinearContribution(xs, g) : null,
+        needs[2] ? new LinearContribution(xs, dlow) : null,
+        needs[3] ? new LinearContribution(low, g, scale) : null,
+        needs[4] ? sum(g.dtype === 'bfloat16' ? cast(g, 'float32') : g, { axes: 0 }) : null,
+      ];
+    },
+  });
+}
