@@ -2,10 +2,10 @@
 // Must print what it can when the native layer does not load: that is when people run it.
 
 import { cpus, totalmem } from 'node:os';
-import { KeelgradError } from '../errors.js';
+import type { RuntimeInfo } from '../native/info.js';
 import type { InfoOptions } from '../train/options.js';
 import { packageVersion } from '../train/run-folder.js';
-import type { CliIo, RuntimeInfo, Work } from './io.js';
+import type { CliIo, Work } from './io.js';
 
 interface Report {
   readonly keelgrad: string;
@@ -17,10 +17,7 @@ interface Report {
 }
 
 async function gather(work: Work): Promise<Report> {
-  const native = await work.runtimeInfo().catch((error: unknown) => {
-    if (error instanceof KeelgradError) return { error: error.message };
-    throw error;
-  });
+  const native = await work.runtimeInfo().catch((error: Error) => ({ error: error.message }));
   return {
     keelgrad: packageVersion(),
     node: process.versions.node,

@@ -1,6 +1,7 @@
 // What a command may touch of the outside: its streams, signals and the work behind it, all replaceable in tests.
 // Loads nothing heavy: the work is imported when it is called for.
 
+import type { RuntimeInfo } from '../native/info.js';
 import type { ScoreHooks, ScoreSummary, TrainHooks, TrainResult } from '../train/hooks.js';
 import type { DemoOptions, ResolvedScoreOptions, ResolvedTrainOptions } from '../train/options.js';
 import type { ProgressStream } from '../train/progress.js';
@@ -15,17 +16,6 @@ export interface CliIo {
   };
   /** Ends the process at once. */
   exit(code: number): void;
-}
-
-/** What `keelgrad info` reports of the native layer. */
-export interface RuntimeInfo {
-  /** Path of the loaded addon. */
-  readonly addon: string;
-  readonly isa: string;
-  readonly cpuFeatures: readonly string[];
-  readonly threads: number;
-  readonly hardwareThreads: number;
-  readonly cuda: { readonly available: boolean; readonly reason?: string; readonly remedy?: string };
 }
 
 /** Handed to the demo beside its options. */

@@ -89,8 +89,10 @@ function describe(key: OptionKey, method: Method): string {
   const notes: string[] = [];
   if (spec.required && fallback === undefined) notes.push('required');
   if (fallback !== undefined) notes.push(`default ${fallback}`);
-  const choices = spec.choices ? `: ${spec.choices.join(' | ')}` : '';
-  return `${spec.help}${choices}${notes.length > 0 ? ` (${notes.join(', ')})` : ''}`;
+  const help = spec.helpOf?.[method] ?? spec.help;
+  const isListed = spec.choices?.every((choice) => help.includes(choice)) ?? true;
+  const choices = isListed ? '' : `: ${spec.choices?.join(' | ')}`;
+  return `${help}${choices}${notes.length > 0 ? ` (${notes.join(', ')})` : ''}`;
 }
 
 function commandOption(key: OptionKey, method: Method): Option {
@@ -194,11 +196,10 @@ function unknownOption(method: Method, flag: string): KeelgradError {
 }
 
 function report(error: unknown, io: CliIo): number {
-  const expected = error instanceof KeelgradError;
   const message = error instanceof Error ? error.message : String(error);
-  io.stderr.write(`error: ${message}\n`);
-  const stack = error instanceof Error ? error.stack : undefined;
-  if (stack && (!expected || io.env.KEELGRAD_DEBUG === '1')) io.stderr.write(`${stack}\n`);
+  const wantsStack = !(error instanceof KeelgradError) || io.env.KEELGRAD_DEBUG === '1';
+  const frames = wantsStack && error instanceof Error ? (/\n {4}at [\s\S]*/.exec(error.stack ?? '')?.[0] ?? '') : '';
+  io.stderr.write(`error: ${message}${frames}\n`);
   return 1;
 }
 
@@ -219,12 +220,7 @@ export async function main(argv: readonly string[], io: CliIo, work: Work = defa
     if (!(error instanceof CommanderError)) return report(error, io);
     // Help and version pages end in an exception too; the code says which; a bare `keelgrad` has printed its help.
     if (error.exitCode === 0 || error.code === 'commander.help') return error.exitCode;
-    return report(
-      explain(
-        error,
-        methods.find((name) => name === argv[0]),
-      ),
-      io,
-    );
+    const command = program.commands.find((one) => one.name() === argv[0]);
+    return report(explain(error, command?.name() as Method | undefined, command?.args ?? []), io);
   }
 }

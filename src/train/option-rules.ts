@@ -119,6 +119,13 @@ const deadSwitches: readonly DeadSwitch[] = [
     neutral: 'all',
   },
   {
+    keys: ['learningRate'],
+    dead: (chosen, method) =>
+      method === 'spo' && ![chosen.learningRateBackbone, chosen.learningRateAdapters].includes(chosen.learningRate),
+    because: (naming) => `beside ${naming.option('learningRateBackbone')} and ${naming.option('learningRateAdapters')}`,
+    remedy: () => 'leave it out',
+  },
+  {
     keys: ['lowerLearningRate'],
     dead: (chosen) => chosen.lowerSteps === 0,
     because: (naming) => `with ${naming.setting('lowerSteps', 0)}: there is no lower level`,
@@ -154,14 +161,6 @@ function refuseDeadSwitches({ method, chosen, isGiven, naming }: RuleContext): v
       );
     }
   }
-}
-
-/** `--learning-rate` of spo stands for two others; with both given nothing is left for it. */
-function refuseThreeRates({ method, isGiven, naming }: RuleContext): void {
-  const both = isGiven('learningRateBackbone') && isGiven('learningRateAdapters');
-  if (method !== 'spo' || !isGiven('learningRate') || !both) return;
-  const levels = `${naming.option('learningRateBackbone')} and ${naming.option('learningRateAdapters')}`;
-  throw new KeelgradError(`${naming.option('learningRate')} has no effect beside ${levels}; leave it out`);
 }
 
 function checkLosses({ chosen, naming }: RuleContext): void {
@@ -205,7 +204,6 @@ function checkLoraTargets({ chosen, naming }: RuleContext): void {
 /** Applies every rule, in an order that reports the most specific trouble first. */
 export function checkRules(context: RuleContext): void {
   refuseDeadSwitches(context);
-  refuseThreeRates(context);
   checkLosses(context);
   checkLoraTargets(context);
 }

@@ -32,6 +32,8 @@ export interface OptionSpec {
   readonly group: string;
   /** What stands for the value on a help page. */
   readonly placeholder?: string;
+  /** Names of the same thing elsewhere: not accepted, but suggested from. */
+  readonly alsoCalled?: readonly string[];
   readonly choices?: readonly string[];
   /** One for all methods, or one per method. */
   readonly default?: Default | { readonly [M in Method]?: Default };
@@ -81,6 +83,7 @@ export const optionTable = {
     group: files,
     placeholder: 'DIR',
     required: true,
+    alsoCalled: ['model-name-or-path'],
     help: 'Hugging Face folder of a Llama or Qwen2 model',
   },
   data: {
@@ -98,6 +101,7 @@ export const optionTable = {
     placeholder: 'DIR',
     required: true,
     default: { demo: 'keelgrad-demo' },
+    alsoCalled: ['output-dir'],
     help: 'folder for what the run writes',
   },
   adapter: {
@@ -162,6 +166,7 @@ export const optionTable = {
     placeholder: 'NAME[,NAME]',
     choices: ['sigmoid', 'ipo', 'robust', 'sft'],
     default: ['sigmoid'],
+    alsoCalled: ['loss'],
     help: 'preference loss; several make a weighted sum',
   },
   lossWeights: {
@@ -234,6 +239,7 @@ export const optionTable = {
     above: 0,
     default: 2e-5,
     remedy: 'use --lower-steps 0 for no lower level',
+    alsoCalled: ['lower-lr'],
     help: 'step size of the lower level',
   },
 
@@ -243,6 +249,7 @@ export const optionTable = {
     group: lora,
     min: 1,
     default: 16,
+    alsoCalled: ['rank'],
     help: 'rank',
   },
   loraAlpha: {
@@ -272,6 +279,7 @@ export const optionTable = {
       text: 'all seven linears',
       value: () => linearNames,
     },
+    alsoCalled: ['target-modules'],
     help: 'linears with an adapter: names, module paths, or all-linear',
   },
   rslora: {
@@ -279,6 +287,7 @@ export const optionTable = {
     methods: train,
     group: lora,
     default: false,
+    alsoCalled: ['use-rslora'],
     help: 'rank-stabilized scale',
   },
 
@@ -292,6 +301,7 @@ export const optionTable = {
       dpo: fromLora(1e-5, 1e-6),
       spo: { without: 'that of each level' },
     },
+    alsoCalled: ['lr'],
     help: 'step size',
     helpOf: { spo: 'step size of both levels at once' },
   },
@@ -301,6 +311,7 @@ export const optionTable = {
     group: optimizer,
     min: 0,
     default: levelRate,
+    alsoCalled: ['lr-backbone'],
     help: 'step size of the backbone',
   },
   learningRateAdapters: {
@@ -309,6 +320,7 @@ export const optionTable = {
     group: optimizer,
     min: 0,
     default: levelRate,
+    alsoCalled: ['lr-adapters'],
     help: 'step size of the adapters',
   },
   lrSchedule: {
@@ -318,6 +330,7 @@ export const optionTable = {
     placeholder: 'NAME',
     choices: ['linear', 'cosine', 'constant', 'constant_with_warmup'],
     default: 'linear',
+    alsoCalled: ['lr-scheduler-type'],
     help: 'course of the learning rate after warmup',
   },
   warmupSteps: {
@@ -345,6 +358,7 @@ export const optionTable = {
     placeholder: 'NAME',
     choices: ['adamw', 'sgd'],
     default: 'adamw',
+    alsoCalled: ['optim'],
     help: 'update rule',
   },
   adamBeta1: {
@@ -354,6 +368,7 @@ export const optionTable = {
     min: 0,
     below: 1,
     default: 0.9,
+    alsoCalled: ['beta1'],
     help: 'decay of the first moment',
   },
   adamBeta2: {
@@ -363,6 +378,7 @@ export const optionTable = {
     min: 0,
     below: 1,
     default: 0.999,
+    alsoCalled: ['beta2'],
     help: 'decay of the second moment',
   },
   adamEpsilon: {
@@ -371,6 +387,7 @@ export const optionTable = {
     group: optimizer,
     above: 0,
     default: 1e-8,
+    alsoCalled: ['eps'],
     help: "added to the second moment's root",
   },
   momentum: {
@@ -415,6 +432,7 @@ export const optionTable = {
     above: 0,
     default: { sft: 3, dpo: 1, spo: 3 },
     remedy: 'use --max-steps for a number of steps',
+    alsoCalled: ['num-train-epochs'],
     help: 'passes over the data',
   },
   maxSteps: {
@@ -430,6 +448,7 @@ export const optionTable = {
     group: batches,
     min: 1,
     default: { sft: 8, dpo: 4, spo: 4, score: 4 },
+    alsoCalled: ['per-device-train-batch-size'],
     help: 'pairs at once',
     helpOf: { sft: 'records at once' },
   },

@@ -1,0 +1,382 @@
+// The option table against the documented names and defaults, and every refusal with its reason and way out.
+
+import { describe, expect, it } from 'vitest';
+import { KeelgradError } from '../../src/errors.js';
+import {
+  describeOptions,
+  flagNaming,
+  type Method,
+  methods,
+  optionsOf,
+  planSteps,
+  type Resolved,
+  resolveOptions,
+  specOf,
+} from '../../src/train/options.js';
+
+const paths = { model: 'm', data: 'd', output: 'o' };
+
+function resolve<M extends Method>(method: M, given: Record<string, unknown> = {}): Resolved<M> {
+  const required = method === 'score' ? { model: 'm', data: 'd' } : method === 'info' || method === 'demo' ? {} : paths;
+  return resolveOptions(method, { ...required, ...given }, { naming: flagNaming });
+}
+
+function refusal(method: Method, given: Record<string, unknown>): string {
+  try {
+    resolve(method, given);
+  } catch (error) {
+    expect(error).toBeInstanceOf(KeelgradError);
+    return (error as Error).message;
+  }
+  throw new Error(`accepted: ${method} ${JSON.stringify(given)}`);
+}
+
+const sevenLinears = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'];
+
+/** As documented, written down a second time: the table must agree with it, not it with the table. */
+const common = {
+  adapter: undefined,
+  overwrite: false,
+  saveDtype: 'float32',
+  device: 'auto',
+  dtype: 'float32',
+  threads: undefined,
+  seed: 42,
+  maxSteps: undefined,
+  gradientAccumulationSteps: 1,
+  lrSchedule: 'linear',
+  warmupSteps: 0,
+  warmupRatio: undefined,
+  optimizer: 'adamw',
+  adamBeta1: 0.9,
+  adamBeta2: 0.999,
+  adamEpsilon: 1e-8,
+  momentum: 0,
+  weightDecay: 0,
+  weightDecayParams: 'matrices',
+  maxGradNorm: 1,
+  maxLength: 1024,
+  shuffle: true,
+  loraR: 16,
+  loraAlpha: 32,
+  loraTargets: sevenLinears,
+  rslora: false,
+  ...paths,
+};
+
+const documented = {
+  sft: {
+    ...common,
+    method: 'sft',
+    train: 'lora',
+    sftReduction: 'token-mean',
+    epochs: 3,
+    batchSize: 8,
+    learningRate: 2e-4,
+    loraDropout: 0.05,
+  },
+  dpo: {
+    ...common,
+    method: 'dpo',
+    train: 'lora',
+    beta: 0.1,
+    labelSmoothing: 0,
+    lossType: ['sigmoid'],
+    lossWeights: [1],
+    reference: 'initial',
+    epochs: 1,
+    batchSize: 4,
+    learningRate: 1e-5,
+    loraDropout: 0,
+  },
+  spo: {
+    ...common,
+    method: 'spo',
+    beta: 0.5,
+    lambda: 1,
+    gamma: 0,
+    lowerSteps: 1,
+    lowerLearningRate: 2e-5,
+    learningRate: undefined,
+    learningRateBackbone: 1e-5,
+    learningRateAdapters: 1e-5,
+    normOver: 'all',
+    sftReduction: 'sum',
+    reference: 'initial',
+    epochs: 3,
+    batchSize: 4,
+    loraDropout: 0,
+  },
+  score: {
+    method: 'score',
+    model: 'm',
+    data: 'd',
+    adapter: undefined,
+    json: false,
+    dtype: 'float32',
+    device: 'auto',
+    threads: undefined,
+    maxLength: undefined,
+    batchSize: 4,
+  },
+  demo: { method: 'demo', output: 'keelgrad-demo', threads: undefined, seed: 42 },
+  info: { method: 'info', json: false },
+} as const;
+
+describe('defaults', () => {
+  it.each(methods)('%s has exactly the documented options and defaults', (method) => {
+    expect(resolve(method)).toStrictEqual(documented[method]);
+  });
+
+  it.each([
+    ['sft', 'full', 2e-5],
+    ['sft', 'both', 2e-5],
+    ['sft', 'lora', 2e-4],
+    ['dpo', 'full', 1e-6],
+    ['dpo', 'lora', 1e-5],
+  ] as const)('%s --train %s learns at %d', (method, train, rate) => {
+    expect(resolve(method, { train }).learningRate).toBe(rate);
+    expect(resolve(method, { train, learningRate: 0.5 }).learningRate).toBe(0.5);
+  });
+
+  it('spo takes --learning-rate for each level that has none of its own', () => {
+    const options = resolve('spo', { learningRate: 3e-4, learningRateAdapters: 1e-3 });
+    expect([options.learningRateBackbone, options.learningRateAdapters]).toStrictEqual([3e-4, 1e-3]);
+  });
+
+  it('saves in the master dtype', () => {
+    expect(resolve('sft', { dtype: 'float64' }).saveDtype).toBe('float64');
+    expect(resolve('sft', { dtype: 'bfloat16' }).saveDtype).toBe('float32');
+    expect(resolve('sft', { dtype: 'float64', saveDtype: 'bfloat16' }).saveDtype).toBe('bfloat16');
+  });
+
+  it('weighs several losses by 1', () => {
+    expect(resolve('dpo', { lossType: 'sigmoid, sft' }).lossWeights).toStrictEqual([1, 1]);
+  });
+});
+
+describe('values', () => {
+  it('reads the command line and config files alike', () => {
+    const fromStrings = resolve('spo', { 'lower-steps': '0', gamma: '1e-1', 'lora-targets': 'q_proj,v_proj' });
+    const fromValues = resolve('spo', { lower_steps: 0, gamma: 0.1, loraTargets: ['q_proj', 'v_proj'] });
+    expect(fromStrings).toStrictEqual(fromValues);
+    expect(fromValues.lowerSteps).toBe(0);
+  });
+
+  it('takes no-shuffle and shuffle as keys', () => {
+    expect(resolve('sft', { 'no-shuffle': true }).shuffle).toBe(false);
+    expect(resolve('sft', { shuffle: false }).shuffle).toBe(false);
+  });
+
+  it('takes null for not given, and the method itself', () => {
+    expect(resolve('sft', { adapter: null, method: 'sft' })).toStrictEqual(documented.sft);
+    expect(refusal('sft', { method: 'dpo' })).toBe('method: expected "sft", found "dpo"');
+  });
+
+  it('accepts the limits', () => {
+    const zeros = { gamma: 0, lambda: 0, weightDecay: 0, maxGradNorm: 0, learningRate: 0, lowerSteps: 0 };
+    expect(resolve('spo', zeros)).toMatchObject(zeros);
+    expect(resolve('dpo', { lossType: 'robust', labelSmoothing: 0.4999 }).labelSmoothing).toBe(0.4999);
+    expect(resolve('sft', { warmupRatio: 1 }).warmupRatio).toBe(1);
+  });
+
+  it.each([
+    ['dpo', 'beta', 0],
+    ['dpo', 'beta', '-0.1'],
+    ['dpo', 'beta', 'abc'],
+    ['dpo', 'beta', Number.NaN],
+    ['dpo', 'beta', Number.POSITIVE_INFINITY],
+    ['dpo', 'beta', ''],
+    ['dpo', 'beta', '0x10'],
+    ['dpo', 'beta', true],
+    ['dpo', 'labelSmoothing', 0.5],
+    ['dpo', 'labelSmoothing', -0.1],
+    ['spo', 'lambda', -1],
+    ['spo', 'gamma', -1e-9],
+    ['spo', 'lowerSteps', -1],
+    ['spo', 'lowerSteps', 1.5],
+    ['spo', 'lowerLearningRate', 0],
+    ['sft', 'epochs', 0],
+    ['sft', 'maxSteps', 0],
+    ['sft', 'batchSize', 0],
+    ['sft', 'batchSize', '4k'],
+    ['sft', 'gradientAccumulationSteps', 0],
+    ['sft', 'learningRate', -1e-5],
+    ['sft', 'warmupRatio', 1.1],
+    ['sft', 'adamBeta1', 1],
+    ['sft', 'adamBeta2', -0.1],
+    ['sft', 'adamEpsilon', 0],
+    ['sft', 'momentum', 1],
+    ['sft', 'weightDecay', -1],
+    ['sft', 'maxGradNorm', -1],
+    ['sft', 'maxLength', 1],
+    ['sft', 'loraR', 0],
+    ['sft', 'loraAlpha', 0],
+    ['sft', 'loraDropout', 1],
+    ['sft', 'seed', -1],
+    ['sft', 'seed', 2 ** 53],
+    ['sft', 'threads', 0],
+    ['sft', 'overwrite', 'yes'],
+    ['sft', 'dtype', 'float8'],
+    ['sft', 'loraTargets', []],
+    ['sft', 'loraTargets', 'q_proj,,v_proj'],
+  ] as const)('%s refuses %s = %j with what it expects', (method, key, value) => {
+    expect(refusal(method, { [key]: value })).toMatch(/^--[a-z0-9-]+: expected .+, found /);
+  });
+
+  it('says what to do', () => {
+    expect(refusal('sft', { beta1: 1 })).toBe('beta1 is no option of keelgrad sft; did you mean --adam-beta1?');
+    expect(refusal('sft', { warmupSteps: '0.1' })).toBe(
+      '--warmup-steps: expected a whole number of at least 0, found 0.1; a fraction of all steps is --warmup-ratio',
+    );
+    expect(refusal('dpo', { lossType: 'sigmoid,ipoo' })).toMatch('did you mean "ipo"?');
+    expect(refusal('sft', { loraTargets: 'q_proj,vproj' })).toMatch('did you mean "v_proj"?');
+  });
+
+  it('asks for what is missing, unless a library call hands over objects', () => {
+    expect(() => resolveOptions('dpo', { model: 'm' })).toThrow('keelgrad dpo needs data FILE output DIR');
+    expect(resolveOptions('dpo', {}, { requirePaths: false }).beta).toBe(0.1);
+  });
+});
+
+describe('names', () => {
+  it('suggests the nearest option of the command', () => {
+    expect(refusal('spo', { '--lamda': 1 })).toBe('--lamda is no option of keelgrad spo; did you mean --lambda?');
+    expect(refusal('sft', { no_shufle: true })).toMatch('did you mean --no-shuffle?');
+    expect(refusal('sft', { frobnicate: 1 })).toBe('frobnicate is no option of keelgrad sft; see keelgrad sft --help');
+  });
+
+  it('says whose option it is', () => {
+    expect(refusal('dpo', { '--gamma': 1 })).toMatch(/^--gamma is an option of keelgrad spo, not of keelgrad dpo/);
+    expect(refusal('dpo', { 'learning-rate-backbone': 1 })).toMatch('did you mean --learning-rate?');
+    expect(refusal('spo', { train: 'full' })).toMatch('spo always trains both levels');
+    expect(refusal('dpo', { gama: 1 })).toMatch('did you mean --gamma, of keelgrad spo?');
+  });
+
+  it('refuses one option in two spellings', () => {
+    expect(refusal('sft', { max_length: 10, 'max-length': 20 })).toMatch('is given twice');
+  });
+
+  it('spells options as the caller does', () => {
+    expect(() => resolveOptions('dpo', { ...paths, labelSmoothing: 0.1 })).toThrow(
+      'labelSmoothing has no effect with lossType: ["sigmoid"]; use a loss that defines it: lossType: "robust"',
+    );
+  });
+});
+
+describe('combinations in which an option would do nothing', () => {
+  it.each([
+    [
+      'dpo',
+      { labelSmoothing: 0.1 },
+      '--label-smoothing has no effect with --loss-type sigmoid; use a loss that defines it: --loss-type robust',
+    ],
+    ['dpo', { labelSmoothing: 0.1, lossType: 'ipo,sft' }, 'with --loss-type ipo,sft'],
+    ['dpo', { lossWeights: '2' }, '--loss-weights has no effect with a single loss'],
+    [
+      'sft',
+      { train: 'full', loraR: 16 },
+      '--lora-r has no effect with --train full, which trains no adapter; leave it out, or use --train both',
+    ],
+    ['dpo', { train: 'full', rslora: true }, '--rslora has no effect with --train full'],
+    ['sft', { train: 'full', loraDropout: 0.1 }, '--lora-dropout has no effect with --train full'],
+    [
+      'dpo',
+      { train: 'full', adapter: 'a' },
+      '--adapter has no effect with --train full, which trains and saves the backbone alone; merge it',
+    ],
+    ['spo', { adapter: 'a', loraAlpha: 8 }, '--lora-alpha has no effect with --adapter'],
+    ['sft', { adapter: 'a', loraTargets: 'q_proj' }, '--lora-targets has no effect with --adapter'],
+    ['dpo', { loraDropout: 0.05 }, 'dropout is off in every pass of a preference loss'],
+    ['spo', { loraDropout: 0.05 }, 'dropout is off in every pass of a preference loss'],
+    ['sft', { momentum: 0.9 }, '--momentum has no effect with --optimizer adamw; leave it out, or use --optimizer sgd'],
+    ['sft', { optimizer: 'sgd', adamBeta1: 0.9 }, '--adam-beta1 has no effect with --optimizer sgd'],
+    ['sft', { optimizer: 'sgd', adamEpsilon: 1e-6 }, '--adam-epsilon has no effect with --optimizer sgd'],
+    ['sft', { weightDecayParams: 'all' }, '--weight-decay-params has no effect with --weight-decay 0'],
+    ['sft', { lrSchedule: 'constant', warmupSteps: 5 }, 'use --lr-schedule constant_with_warmup'],
+    ['sft', { lrSchedule: 'constant', warmupRatio: 0.1 }, 'use --lr-schedule constant_with_warmup'],
+    [
+      'sft',
+      { warmupSteps: 5, warmupRatio: 0.1 },
+      '--warmup-steps has no effect beside --warmup-ratio; give one of the two',
+    ],
+    ['sft', { epochs: 2, maxSteps: 5 }, '--epochs has no effect beside --max-steps; give one of the two'],
+    ['spo', { normOver: 'adapters' }, '--norm-over has no effect with --gamma 0'],
+    ['spo', { lowerSteps: 0, lowerLearningRate: 2e-5 }, '--lower-learning-rate has no effect with --lower-steps 0'],
+    [
+      'spo',
+      { learningRate: 1, learningRateBackbone: 2, learningRateAdapters: 3 },
+      '--learning-rate has no effect beside',
+    ],
+  ] as const)('%s %j', (method, given, message) => {
+    expect(refusal(method, given)).toContain(message);
+  });
+
+  it.each([
+    ['dpo', { lossType: 'robust,sft', labelSmoothing: 0.1, lossWeights: [1, 0.2] }],
+    ['dpo', { labelSmoothing: 0, loraDropout: 0 }],
+    ['dpo', { lossType: 'sft', beta: 0.3 }],
+    ['sft', { momentum: 0, weightDecayParams: 'matrices', rslora: false }],
+    ['sft', { optimizer: 'sgd', momentum: 0.9 }],
+    ['sft', { lrSchedule: 'constant', warmupSteps: 0 }],
+    ['spo', { gamma: 0, normOver: 'all', lowerSteps: 0 }],
+    ['spo', { gamma: 0.1, normOver: 'backbone', adapter: 'a' }],
+    ['dpo', { train: 'both', adapter: 'a', reference: 'base' }],
+    ['sft', { loraTargets: 'model.layers.0.self_attn.q_proj,base_model.model.model.layers.1.mlp.up_proj' }],
+    ['sft', { loraTargets: 'all-linear' }],
+  ] as const)('but accepts %s %j', (method, given) => {
+    expect(resolve(method, given).method).toBe(method);
+  });
+});
+
+describe('lists', () => {
+  it.each([
+    [{ lossType: 'sigmoid,sigmoid' }, 'found sigmoid twice'],
+    [{ lossType: 'sigmoid,sft', lossWeights: '1' }, 'expected 2 numbers, one for each of sigmoid, sft, found 1'],
+    [{ lossType: 'sigmoid,sft', lossWeights: '0,0' }, 'expected at least one weight above 0'],
+    [{ lossType: 'sigmoid,sft', lossWeights: '1,-1' }, 'expected numbers, each of at least 0, found "1,-1"'],
+    [{ loraTargets: 'all-linear,q_proj' }, 'expected all-linear alone'],
+    [{ loraTargets: 'lm_head' }, 'expected all-linear, or names or module paths that end in q_proj'],
+  ])('%j', (given, message) => {
+    expect(refusal('dpo', given)).toContain(message);
+  });
+});
+
+describe('what run.json records', () => {
+  it.each([
+    ['sft', { train: 'full', optimizer: 'sgd', maxSteps: 3 }],
+    ['sft', { adapter: 'a', warmupRatio: 0.1 }],
+    ['dpo', { lossType: 'robust,sft', labelSmoothing: 0.1 }],
+    ['spo', { lowerSteps: 0, learningRate: 1e-4, shuffle: false }],
+    ['spo', { gamma: 0.1 }],
+    ['score', { maxLength: 10 }],
+  ] as const)('%s %j resolves to itself again', (method, given) => {
+    const options = resolve(method, given);
+    expect(resolve(method, describeOptions(options))).toStrictEqual(options);
+  });
+
+  it('leaves out what has no part in the run', () => {
+    const record = describeOptions(resolve('sft', { train: 'full', maxSteps: 3 }));
+    expect(record).toMatchObject({ train: 'full', 'max-steps': 3, 'learning-rate': 2e-5 });
+    for (const key of ['lora-r', 'lora-targets', 'epochs', 'momentum', 'threads'])
+      expect(record).not.toHaveProperty(key);
+  });
+});
+
+describe('planSteps', () => {
+  it.each([
+    [{ epochs: 3 }, 10, 30, 0],
+    [{ epochs: 0.25 }, 10, 3, 0],
+    [{ maxSteps: 7, warmupSteps: 2 }, 10, 7, 2],
+    [{ epochs: 1, warmupRatio: 0.03 }, 50, 50, 2],
+    [{ epochs: 1, warmupRatio: 0 }, 50, 50, 0],
+  ])('%j over %d steps an epoch: %d, warmup %d', (given, stepsPerEpoch, totalSteps, warmupSteps) => {
+    expect(planSteps(resolve('sft', given), stepsPerEpoch)).toStrictEqual({ totalSteps, warmupSteps });
+  });
+});
+
+it('describes every option', () => {
+  for (const method of methods) {
+    for (const key of optionsOf(method)) expect(specOf(key).help, key).toMatch(/^\S.{3,}[^.]$/);
+  }
+});
