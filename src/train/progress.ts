@@ -22,8 +22,8 @@ const shown: readonly (readonly [key: string, label: string, digits: number])[] 
   ['logps/chosen', 'chosen', 2],
   ['logps/rejected', 'rejected', 2],
   ['rewards/margins', 'margin', 4],
-  ['rewards/accuracies', 'accuracy', 2],
-  ['mean_token_accuracy', 'token accuracy', 3],
+  ['rewards/accuracies', 'acc', 2],
+  ['mean_token_accuracy', 'token acc', 3],
   ['tokens_per_second', 'tok/s', 0],
 ];
 
@@ -31,12 +31,16 @@ const shown: readonly (readonly [key: string, label: string, digits: number])[] 
 const isShown = (key: string, metrics: Metrics): boolean =>
   Number.isFinite(metrics[key]) && !(key === 'mean_token_accuracy' && 'rewards/accuracies' in metrics);
 
-/** `loss 0.6931  chosen -42.10  ...`: fixed digits, so that columns stand still. */
-export function formatMetrics(metrics: Metrics): string {
-  return shown
-    .filter(([key]) => isShown(key, metrics))
-    .map(([key, label, digits]) => `${label} ${metrics[key].toFixed(digits)}`)
-    .join('  ');
+/** `loss 0.6931  chosen -42.10  ...`: fixed digits, so that columns stand still; the last ones go if `width` is short. */
+export function formatMetrics(metrics: Metrics, width = Number.POSITIVE_INFINITY): string {
+  let line = '';
+  for (const [key, label, digits] of shown) {
+    if (!isShown(key, metrics)) continue;
+    const longer = `${line}${line && '  '}${label} ${metrics[key].toFixed(digits)}`;
+    if (longer.length > width) break;
+    line = longer;
+  }
+  return line;
 }
 
 /** `1:05`, `2:03:04`. */
@@ -95,6 +99,9 @@ interface Bar {
   stop(): void;
 }
 
+/** Narrow terminals need their columns for the figures. */
+const barSize = (out: ProgressStream): number => ((out.columns ?? 80) < 120 ? 8 : 20);
+
 /** One bar at a time; messages stand above it. */
 class BarProgress implements Progress {
   readonly #out: ProgressStream;
@@ -112,7 +119,8 @@ class BarProgress implements Progress {
   }
 
   onStep({ step, totalSteps, metrics }: RunStep): void {
-    this.#show('step', step, totalSteps, formatMetrics(metrics));
+    const taken = `step ${totalSteps}/${totalSteps} [] 10m30s  `.length + barSize(this.#out);
+    this.#show('step', step, totalSteps, formatMetrics(metrics, (this.#out.columns ?? 80) - taken));
   }
 
   onPhase(name: string, done: number, total: number): void {
@@ -135,7 +143,7 @@ class BarProgress implements Progress {
     if (this.#task !== task) {
       this.stop();
       this.#bar = this.#newBar();
-      this.#bar.start(total, 0, { task, detail: '' });
+      this.#bar.start(total, Math.max(0, value - 1), { task, detail });
       this.#task = task;
     }
     this.#bar?.update(value, { task, detail });
@@ -146,13 +154,11 @@ class BarProgress implements Progress {
 export async function createProgress(out: ProgressStream): Promise<Progress> {
   if (!out.isTTY) return new LineProgress(out);
   const { default: cliProgress } = await import('cli-progress');
-  const barsize = Math.max(10, Math.min(24, Math.floor(((out.columns ?? 80) - 70) / 2)));
   const options = {
     format: '{task} {value}/{total} [{bar}] {eta_formatted}  {detail}',
-    barsize,
+    barsize: barSize(out),
     stream: out as NodeJS.WritableStream,
     hideCursor: true,
-    autopadding: true,
     etaBuffer: 20,
     gracefulExit: false,
   };
