@@ -3,8 +3,8 @@
 import { describe, expect, it } from 'vitest';
 import { createProgress, formatDuration, formatMetrics } from '../../src/train/progress.js';
 
-const escape = String.fromCharCode(27);
-const terminalCode = new RegExp(`${escape}\\[[^a-zA-Z]*[a-zA-Z]|${escape}[78]`);
+const escapeCode = String.fromCharCode(27);
+const terminalCode = new RegExp(`${escapeCode}\\[[^a-zA-Z]*[a-zA-Z]|${escapeCode}[78]`);
 
 const preference = {
   loss: 0.69304,
