@@ -1,4 +1,5 @@
-// The unary rows of elementwise.def. One loop over contiguous elements a row and dtype; strides are strided.cc's matter.
+// The unary rows of elementwise.def. One loop over contiguous elements a row and dtype; strides are strided.cc's
+// matter.
 #include "cpu/elementwise.h"
 
 namespace kg::cpu::KG_ISA {
@@ -21,9 +22,8 @@ KG_INLINE void unary(const Call& call) {
     fail("expected one dtype, found %s from %s", dtypeName(call[0].dtype), dtypeName(call[1].dtype));
   constexpr int64_t grain = 16384;
   const Walk walk = makeWalk(views, 2);
-  dispatchFloating(call[0].dtype, [&](auto t) KG_LAMBDA_INLINE {
-    runBlocks(walk, unaryBlock<Row, decltype(t)>, grain, 0);
-  });
+  dispatchFloating(call[0].dtype,
+                   [&](auto t) KG_LAMBDA_INLINE { runBlocks(walk, unaryBlock<Row, decltype(t)>, grain, 0); });
 }
 
 }  // namespace

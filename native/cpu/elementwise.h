@@ -6,7 +6,8 @@
 
 namespace kg::cpu::KG_ISA {
 
-// int32 as a vector of one lane, with wrap-around arithmetic: the same loops serve it, and the compiler vectorizes them.
+// int32 as a vector of one lane, with wrap-around arithmetic: the same loops serve it, and the compiler vectorizes
+// them.
 template <>
 struct Vec<int32_t> {
   static constexpr int N = 1;
@@ -47,26 +48,26 @@ KG_INLINE IntLane pow(IntLane x, IntLane y) {
 }
 }  // namespace m
 
-#define KG_UNARY(name, expression)        \
-  struct Row_##name {                     \
-    template <class C>                    \
-    static KG_INLINE C apply(C x) {       \
-      return expression;                  \
-    }                                     \
+#define KG_UNARY(name, expression)  \
+  struct Row_##name {               \
+    template <class C>              \
+    static KG_INLINE C apply(C x) { \
+      return expression;            \
+    }                               \
   };
-#define KG_BINARY(name, expression)       \
-  struct Row_##name {                     \
-    template <class C>                    \
-    static KG_INLINE C apply(C x, C y) {  \
-      return expression;                  \
-    }                                     \
+#define KG_BINARY(name, expression)      \
+  struct Row_##name {                    \
+    template <class C>                   \
+    static KG_INLINE C apply(C x, C y) { \
+      return expression;                 \
+    }                                    \
   };
-#define KG_COMPARE(name, expression)         \
-  struct Row_##name {                        \
-    template <class C>                       \
-    static KG_INLINE bool apply(C x, C y) {  \
-      return expression;                     \
-    }                                        \
+#define KG_COMPARE(name, expression)        \
+  struct Row_##name {                       \
+    template <class C>                      \
+    static KG_INLINE bool apply(C x, C y) { \
+      return expression;                    \
+    }                                       \
   };
 #define KG_REDUCE(name, initial, combination) \
   struct Row_##name {                         \

@@ -59,13 +59,19 @@ KG_INLINE void compare(const Call& call) {
   if (call[2].present() && call[2].dtype != dtype)
     fail("expected one dtype, found %s and %s", dtypeName(dtype), dtypeName(call[2].dtype));
   switch (dtype) {
-    case DType::F32: return compareTyped<Row, float>(call);
-    case DType::F64: return compareTyped<Row, double>(call);
-    case DType::BF16: return compareTyped<Row, bf16>(call);
-    case DType::I32: return compareTyped<Row, int32_t>(call);
+    case DType::F32:
+      return compareTyped<Row, float>(call);
+    case DType::F64:
+      return compareTyped<Row, double>(call);
+    case DType::BF16:
+      return compareTyped<Row, bf16>(call);
+    case DType::I32:
+      return compareTyped<Row, int32_t>(call);
     case DType::U8:
-    case DType::Bool: return compareTyped<Row, uint8_t>(call);
-    default: fail("expected any dtype but float16, found %s; try casting", dtypeName(dtype));
+    case DType::Bool:
+      return compareTyped<Row, uint8_t>(call);
+    default:
+      fail("expected any dtype but float16, found %s; try casting", dtypeName(dtype));
   }
 }
 

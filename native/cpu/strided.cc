@@ -14,7 +14,9 @@ constexpr int64_t kBuffer = 256;  // elements of a run that go through a buffer 
 void checkShapes(const TensorView& out, const TensorView& in) {
   bool equal = in.ndim == out.ndim;
   for (int i = 0; equal && i < out.ndim; i++) equal = in.shape[i] == out.shape[i];
-  if (!equal) fail("expected views of one shape, found %d and %d axes or unequal lengths; try expanding by stride 0", out.ndim, in.ndim);
+  if (!equal)
+    fail("expected views of one shape, found %d and %d axes or unequal lengths; try expanding by stride 0", out.ndim,
+         in.ndim);
 }
 
 void swapAxes(Walk& w, int i, int j) {
@@ -130,8 +132,7 @@ void runRange(const Walk& w, BlockFn block, int mayBroadcast, int64_t begin, int
     index[last] = 0;
     for (int d = last - 1; d >= 0; d--) {
       const bool carry = ++index[d] == w.shape[d];
-      for (int o = 0; o < w.operands; o++)
-        at[o] += (carry ? 1 - w.shape[d] : 1) * w.strides[o][d] * w.elementSize[o];
+      for (int o = 0; o < w.operands; o++) at[o] += (carry ? 1 - w.shape[d] : 1) * w.strides[o][d] * w.elementSize[o];
       if (!carry) break;
       index[d] = 0;
     }
@@ -170,19 +171,27 @@ Walk makeWalk(const TensorView* const* views, int count) {
 
 void gatherStrided(void* buffer, const char* from, int64_t stride, int64_t n, int elementSize) {
   switch (elementSize) {
-    case 1: return gatherTyped(static_cast<uint8_t*>(buffer), reinterpret_cast<const uint8_t*>(from), stride, n);
-    case 2: return gatherTyped(static_cast<uint16_t*>(buffer), reinterpret_cast<const uint16_t*>(from), stride, n);
-    case 4: return gatherTyped(static_cast<uint32_t*>(buffer), reinterpret_cast<const uint32_t*>(from), stride, n);
-    default: return gatherTyped(static_cast<uint64_t*>(buffer), reinterpret_cast<const uint64_t*>(from), stride, n);
+    case 1:
+      return gatherTyped(static_cast<uint8_t*>(buffer), reinterpret_cast<const uint8_t*>(from), stride, n);
+    case 2:
+      return gatherTyped(static_cast<uint16_t*>(buffer), reinterpret_cast<const uint16_t*>(from), stride, n);
+    case 4:
+      return gatherTyped(static_cast<uint32_t*>(buffer), reinterpret_cast<const uint32_t*>(from), stride, n);
+    default:
+      return gatherTyped(static_cast<uint64_t*>(buffer), reinterpret_cast<const uint64_t*>(from), stride, n);
   }
 }
 
 void scatterStrided(char* to, int64_t stride, const void* buffer, int64_t n, int elementSize) {
   switch (elementSize) {
-    case 1: return scatterTyped(reinterpret_cast<uint8_t*>(to), stride, static_cast<const uint8_t*>(buffer), n);
-    case 2: return scatterTyped(reinterpret_cast<uint16_t*>(to), stride, static_cast<const uint16_t*>(buffer), n);
-    case 4: return scatterTyped(reinterpret_cast<uint32_t*>(to), stride, static_cast<const uint32_t*>(buffer), n);
-    default: return scatterTyped(reinterpret_cast<uint64_t*>(to), stride, static_cast<const uint64_t*>(buffer), n);
+    case 1:
+      return scatterTyped(reinterpret_cast<uint8_t*>(to), stride, static_cast<const uint8_t*>(buffer), n);
+    case 2:
+      return scatterTyped(reinterpret_cast<uint16_t*>(to), stride, static_cast<const uint16_t*>(buffer), n);
+    case 4:
+      return scatterTyped(reinterpret_cast<uint32_t*>(to), stride, static_cast<const uint32_t*>(buffer), n);
+    default:
+      return scatterTyped(reinterpret_cast<uint64_t*>(to), stride, static_cast<const uint64_t*>(buffer), n);
   }
 }
 

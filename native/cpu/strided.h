@@ -25,7 +25,8 @@ struct Walk {
 // Axes are ordered by falling stride of the output, so that it is written in memory order. Fails on unequal shapes.
 Walk makeWalk(const TensorView* const* views, int count);
 
-// Works on n elements that lie one after another, but for inputs whose bit is set in `broadcast`: those are one element.
+// Works on n elements that lie one after another, but for inputs whose bit is set in `broadcast`: those are one
+// element.
 using BlockFn = void (*)(void* out, const void* const* in, int64_t n, int broadcast);
 
 // Runs `block` over the whole walk, on several threads where there is more than `grain` to do. Inputs named by
