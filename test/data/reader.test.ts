@@ -79,7 +79,7 @@ describe('recordsFrom', () => {
 describeWithShared('real data sets', 'data/gsm8k', () => {
   it.each([
     ['data/gsm8k/pairs_train.jsonl', 621],
-    ['data/gsm8k/pairs_heldout.jsonl', 110],
+    ['data/gsm8k/test.jsonl', 1319],
     ['data/preference/llms-from-scratch-instruct-pref/instruction-data-with-preference.json', 1100],
     ['data/preference/llama-factory-demo/dpo_en_demo.json', 300],
     ['golden/training/data_preference.json', 96],
