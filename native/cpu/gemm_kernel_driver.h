@@ -76,18 +76,14 @@ class GemmDriver {
   static int64_t panelWidth(int64_t rows) { return ceilDiv(rows, ceilDiv(rows, Shape::rows)); }
 
   void packA(const Block& block, Packed* to) const {
-    const int64_t width = panelWidth(block.rows);
-    for (int64_t i = 0; i < block.rows; i += width) {
-      const int64_t rows = minOf(width, block.rows - i);
-      gemmPack<P>({a_ + (block.row + i) * g_.aRow + block.k * g_.aCol, g_.aRow, g_.aCol}, rows, rows, block.depth,
-                  to + i * units(block.depth));
-    }
+    gemmPackPanels<P>({a_ + block.row * g_.aRow + block.k * g_.aCol, g_.aRow, g_.aCol}, block.rows,
+                      panelWidth(block.rows), 1, block.depth, to);
   }
 
-  void packB(int64_t panel, int64_t k, int64_t depth, Packed* to) const {
-    const int64_t columns = panelColumns(panel);
-    gemmPack<P>({b_ + panel * Shape::columns * g_.bCol + k * g_.bRow, g_.bCol, g_.bRow}, columns,
-                roundUp(columns, Shape::lanes), depth, to);
+  void packB(int64_t panel, int64_t panels, int64_t k, int64_t depth, Packed* to) const {
+    const int64_t column = panel * Shape::columns;
+    gemmPackPanels<P>({b_ + column * g_.bCol + k * g_.bRow, g_.bCol, g_.bRow},
+                      minOf(panels * Shape::columns, g_.N - column), Shape::columns, Shape::lanes, depth, to);
   }
 
   void strips(int64_t from, int64_t to) const {
@@ -112,7 +108,7 @@ class GemmDriver {
             continue;
           }
         }
-        packB(panel, block.k, block.depth, b);
+        packB(panel, 1, block.k, block.depth, b);
         tiles(block, a, b, roundUp(panelColumns(panel), Shape::lanes), panel);
       }
       block.k += block.depth;
@@ -160,14 +156,13 @@ class GemmDriver {
 
   // Panel `p` of the block of K that starts at k lies at rowUnits * units(k - k0) + p * columns * units(its depth).
   void packShared(int64_t k0, int64_t depth, int64_t panel0, int64_t panels, Packed* b) const {
-    const int64_t rowUnits = panels * Shape::columns;
-    const int64_t grain = maxOf(1, 16384 / maxOf(1, depth * Shape::columns));
-    parallelFor(panels, grain, [&](int64_t from, int64_t to, int) {
-      for (int64_t p = from; p < to; p++) {
-        for (int64_t k = 0; k < depth; k += blockK_) {
-          const int64_t part = minOf(blockK_, depth - k);
-          packB(panel0 + p, k0 + k, part, b + rowUnits * units(k) + p * Shape::columns * units(part));
-        }
+    const int64_t group = 8, groups = ceilDiv(panels, group), blocks = ceilDiv(depth, blockK_);
+    const int64_t grain = maxOf(1, 32768 / maxOf(1, minOf(depth, blockK_) * group * Shape::columns));
+    parallelFor(groups * blocks, grain, [&](int64_t from, int64_t to, int) {
+      for (int64_t i = from; i < to; i++) {
+        const int64_t p = i / blocks * group, k = i % blocks * blockK_, part = minOf(blockK_, depth - k);
+        packB(panel0 + p, minOf(group, panels - p), k0 + k, part,
+              b + panels * Shape::columns * units(k) + p * Shape::columns * units(part));
       }
     });
   }

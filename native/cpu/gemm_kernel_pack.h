@@ -46,7 +46,6 @@ template <class P>
 struct GemmPacker {
   using In = typename P::In;
   using Packed = typename P::Packed;
-  typedef Packed V __attribute__((vector_size(KG_GEMM_BYTES)));
   static constexpr int lanes = KG_GEMM_BYTES / sizeof(Packed);
   static constexpr bool widen = !std::is_same_v<In, Packed> && P::kPair == 1;
 
@@ -64,10 +63,12 @@ struct GemmPacker {
     return __builtin_convertvector(h, typename Types<N>::Word);
   }
 
-  // Packed elements k, k + 1, ... of one w (kStride 1).
-  static KG_INLINE V alongK(const In* p) {
+  // N packed elements k, k + 1, ... of one w (kStride 1).
+  template <int N>
+  static KG_INLINE typename Types<N>::Out alongK(const In* p) {
+    using V = typename Types<N>::Out;
     if constexpr (widen)
-      return (V)(words<lanes>(p) << 16);
+      return (V)(words<N>(p) << 16);
     else
       return gemmLoad<V>(p);
   }
@@ -110,15 +111,26 @@ KG_INLINE void gemmCopyRow(const typename P::In* p, int64_t next, bool pair, int
   }
 }
 
-// wStride 1: rows are copied.
+// wStride 1: rows are copied. Whole vectors may read past the width, though never past the strip's last element, and
+// write past it, though never past the last row: what is too much, the next row replaces.
 template <class P>
 void gemmPackRows(const GemmStrip<typename P::In>& s, int64_t width, int64_t padded, int64_t depth,
                   typename P::Packed* to) {
   constexpr int lanes = GemmPacker<P>::lanes;
   const int64_t units = (depth + P::kPair - 1) / P::kPair;
+  const int64_t whole = (width + lanes - 1) / lanes * lanes;
+  const bool ascending = s.kStride > 0 && padded == width;
+  const int64_t end = (depth - 1) * s.kStride + width;
   for (int64_t u = 0; u < units; u++, to += padded) {
     const int64_t k = u * P::kPair;
-    gemmCopyRow<P, (lanes > 1 ? lanes : 1)>(s.p + k * s.kStride, s.kStride, k + 1 < depth, width, to);
+    const bool pair = k + 1 < depth;
+    const typename P::In* row = s.p + k * s.kStride;
+    if (ascending && u + 1 < units && (k + P::kPair - 1) * s.kStride + whole <= end) {
+      for (int64_t w = 0; w < width; w += lanes)
+        GemmPacker<P>::template alongW<lanes>(row + w, s.kStride, pair, to + w);
+      continue;
+    }
+    gemmCopyRow<P, lanes>(row, s.kStride, pair, width, to);
     for (int64_t w = width; w < padded; w++) to[w] = 0;
   }
 }
@@ -135,34 +147,43 @@ void gemmPackScalar(const GemmStrip<typename P::In>& s, int64_t width, int64_t p
   }
 }
 
-// kStride 1: squares of lanes x lanes are transposed. A square may write up to lanes - 1 elements past its row, which
-// later writes replace; the groups of a row go from the last to the first for that reason, and the rest of k, written
-// last, leaves nothing beyond the panel but the slack of gemmPackSlack elements.
-template <class P>
+// One square of N x N packed elements, all of w from `width` on taken as zero.
+template <class P, int N>
+KG_INLINE void gemmPackSquare(const typename P::In* p, int64_t wStride, int64_t width, int64_t padded,
+                              typename P::Packed* to) {
+  using V = typename GemmPacker<P>::template Types<N>::Out;
+  V v[N];
+  if (width >= N) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) v[i] = GemmPacker<P>::template alongK<N>(p + i * wStride);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) v[i] = i < width ? GemmPacker<P>::template alongK<N>(p + i * wStride) : V{};
+  }
+  gemmTranspose<V, N>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < N; i++) gemmStore(to + i * padded, v[i]);
+}
+
+// kStride 1: squares of N x N are transposed, the last one along k overlapping its predecessor. A square may write up
+// to N - 1 elements past its row, which later writes replace (so the squares of a row go from the last to the first),
+// or past the panel, where the next panel follows or gemmPackSlack elements of slack.
+template <class P, int N>
 void gemmPackColumns(const GemmStrip<typename P::In>& s, int64_t width, int64_t padded, int64_t depth,
                      typename P::Packed* to) {
-  using V = typename GemmPacker<P>::V;
-  constexpr int lanes = GemmPacker<P>::lanes;
-  constexpr int64_t step = lanes * P::kPair;
-  int64_t k = 0;
-  for (; k + step <= depth; k += step) {
-    typename P::Packed* square = to + k / P::kPair * padded;
-    for (int64_t g = (padded - 1) / lanes * lanes; g >= 0; g -= lanes) {
-      V v[lanes];
-      const typename P::In* p = s.p + g * s.wStride + k;
-      if (g + lanes <= width) {
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; i++) v[i] = GemmPacker<P>::alongK(p + i * s.wStride);
-      } else {
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; i++) v[i] = g + i < width ? GemmPacker<P>::alongK(p + i * s.wStride) : V{};
-      }
-      gemmTranspose<V, lanes>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; i++) gemmStore(square + i * padded + g, v[i]);
-    }
+  const int64_t main = depth / P::kPair * P::kPair, step = N * P::kPair;
+  if (main < step) {
+    if constexpr (N > 4)
+      return gemmPackColumns<P, N / 2>(s, width, padded, depth, to);
+    else
+      return gemmPackScalar<P>(s, width, padded, 0, depth, to);
   }
-  gemmPackScalar<P>(s, width, padded, k, depth, to);
+  for (int64_t k = 0; k < main; k += step) {
+    const int64_t at = k + step <= main ? k : main - step;
+    for (int64_t g = (padded - 1) / N * N; g >= 0; g -= N)
+      gemmPackSquare<P, N>(s.p + g * s.wStride + at, s.wStride, width - g, padded, to + at / P::kPair * padded + g);
+  }
+  gemmPackScalar<P>(s, width, padded, main, depth, to);
 }
 
 template <class P>
@@ -173,7 +194,8 @@ template <class P>
 void gemmPackLine(const GemmStrip<typename P::In>& s, int64_t depth, typename P::Packed* to) {
   constexpr int64_t step = GemmPacker<P>::lanes * P::kPair;
   int64_t k = 0;
-  for (; k + step <= depth; k += step) gemmStore(to + k / P::kPair, GemmPacker<P>::alongK(s.p + k));
+  for (; k + step <= depth; k += step)
+    gemmStore(to + k / P::kPair, GemmPacker<P>::template alongK<GemmPacker<P>::lanes>(s.p + k));
   gemmPackScalar<P>(s, 1, 1, k, depth, to);
 }
 
@@ -186,9 +208,28 @@ void gemmPack(const GemmStrip<typename P::In>& s, int64_t width, int64_t padded,
   else if (s.wStride == 1)
     gemmPackRows<P>(s, width, padded, depth, to);
   else if (s.kStride == 1)
-    gemmPackColumns<P>(s, width, padded, depth, to);
+    gemmPackColumns<P, GemmPacker<P>::lanes>(s, width, padded, depth, to);
   else
     gemmPackScalar<P>(s, width, padded, 0, depth, to);
+}
+
+// Packs `width` w as panels of `panel` columns, one behind the other; the last one has what is left, rounded up to
+// `lanes`. Where rows lie along w they are read a few at a time across all panels, not one panel's sliver after
+// another.
+template <class P>
+void gemmPackPanels(const GemmStrip<typename P::In>& s, int64_t width, int64_t panel, int64_t lanes, int64_t depth,
+                    typename P::Packed* to) {
+  const int64_t units = (depth + P::kPair - 1) / P::kPair;
+  const int64_t step = s.wStride == 1 && s.kStride != 1 ? 8 * P::kPair : depth;
+  for (int64_t k = 0; k < depth; k += step) {
+    const int64_t part = depth - k < step ? depth - k : step;
+    for (int64_t w = 0; w < width; w += panel) {
+      const int64_t columns = width - w < panel ? width - w : panel;
+      const int64_t padded = (columns + lanes - 1) / lanes * lanes;
+      gemmPack<P>({s.p + w * s.wStride + k * s.kStride, s.wStride, s.kStride}, columns, padded, part,
+                  to + w * units + k / P::kPair * padded);
+    }
+  }
 }
 
 }  // namespace kg::cpu::KG_ISA
