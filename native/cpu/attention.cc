@@ -75,12 +75,12 @@ void softmaxTile(int64_t keys, int64_t tileStart, C* scores, const C* limit, C* 
     }
     V sum(C(0));
     for (int64_t j = 0; j < keys; j++) {
-      V e = vexp(V::load(scores + j * W + x) - top);
+      V e = expOfDifference(V::load(scores + j * W + x) - top);
       if (Masked) e = select(last >= V(static_cast<C>(tileStart + j)), e, V(C(0)));
       e.store(scores + j * W + x);
       sum = sum + e;
     }
-    const V rescale = vexp(before - top);
+    const V rescale = expOfDifference(before - top);
     rescale.store(factor + x);
     top.store(maximum + x);
     fma(V::load(total + x), rescale, sum).store(total + x);

@@ -41,41 +41,52 @@ struct BackwardTiles {
   }
 };
 
-template <class C>
-KG_INLINE C dot(const C* a, const C* b, int64_t Dp) {
-  Vec<C> sum(C(0));
-  for (int64_t d = 0; d < Dp; d += Vec<C>::N) sum = fma(Vec<C>::load(a + d), Vec<C>::load(b + d), sum);
-  return hsum(sum);
-}
-
-// A lane without a row has zeros everywhere and sees no key.
-template <class T, class C>
-void packLane(const Backward<T>& p, const Lanes& lanes, int64_t lane, BackwardTiles<C>& t) {
-  C *query = t.queryRows + lane * p.Dp, *dout = t.doutRows + lane * p.Dp;
-  t.limit[lane] = C(-1);
-  t.lse[lane] = t.delta[lane] = C(0);
-  if (lane >= lanes.count) {
-    memset(static_cast<void*>(query), 0, p.Dp * sizeof(C));
-    memset(static_cast<void*>(dout), 0, p.Dp * sizeof(C));
-    return;
+// rows[lane][Dp] of one block: factor * x at each lane's row and head, zeros for a lane without a row.
+template <class T, class C, class RowOf>
+KG_INLINE void packBlock(const HeadRows<const T>& x, const Lanes& lanes, int64_t first, int64_t D, C factor, C* rows,
+                         int64_t Dp, const RowOf& rowOf) {
+  for (int64_t i = 0; i < kLanes<C>; i++) {
+    const int64_t lane = first + i;
+    if (lane < lanes.count)
+      packRow(x.at(rowOf(lanes.row(lane)), lanes.head(lane)), D, factor, rows + i * Dp, Dp);
+    else
+      memset(static_cast<void*>(rows + i * Dp), 0, Dp * sizeof(C));
   }
-  const int64_t row = lanes.row(lane), head = lanes.head(lane), primal = p.primal(row);
-  packRow(p.out.at(primal, head), p.heads.D, C(1), query, p.Dp);
-  packRow(p.dout.at(row, head), p.heads.D, C(1), dout, p.Dp);
-  t.delta[lane] = dot(query, dout, p.Dp);
-  t.limit[lane] = static_cast<C>(lanes.lastKey(lane));
-  t.lse[lane] = p.lse[primal * p.heads.query + head];
-  packRow(p.q.at(primal, head), p.heads.D, p.scale, query, p.Dp);
 }
 
+// delta = sum of out * dout in the very order of d probabilities: where one key has all the weight, the two cancel.
+template <class C>
+void deltaOfBlock(const C* outs, const C* douts, int64_t Dp, C* delta) {
+  using V = Vec<C>;
+  constexpr int W = kLanes<C>;
+  for (int x = 0; x < W; x += V::N) {
+    V sum(C(0));
+    for (int64_t at = x; at < Dp * W; at += W) sum = fma(V::load(outs + at), V::load(douts + at), sum);
+    sum.store(delta + x);
+  }
+}
+
+// A lane without a row sees no key (limit -1).
 template <class T, class C>
 void packChunk(const Backward<T>& p, const Lanes& lanes, BackwardTiles<C>& t) {
   constexpr int W = kLanes<C>;
+  const int64_t D = p.heads.D, Dp = p.Dp;
+  const auto primal = [&](int64_t row) { return p.primal(row); };
   for (int64_t first = 0; first < lanes.count; first += W) {
-    for (int64_t lane = first; lane < first + W; lane++) packLane(p, lanes, lane, t);
-    transpose(t.queryRows + first * p.Dp, W, p.Dp, t.queries + first * p.Dp);
-    transpose(t.doutRows + first * p.Dp, W, p.Dp, t.douts + first * p.Dp);
-    memset(static_cast<void*>(t.dQueries + first * p.Dp), 0, W * p.Dp * sizeof(C));
+    const int64_t at = first * Dp;
+    packBlock(p.dout, lanes, first, D, C(1), t.doutRows + at, Dp, [](int64_t row) { return row; });
+    transpose(t.doutRows + at, W, Dp, t.douts + at);
+    packBlock(p.out, lanes, first, D, C(1), t.queryRows + at, Dp, primal);
+    transpose(t.queryRows + at, W, Dp, t.queries + at);
+    deltaOfBlock(t.queries + at, t.douts + at, Dp, t.delta + first);
+    packBlock(p.q, lanes, first, D, p.scale, t.queryRows + at, Dp, primal);
+    transpose(t.queryRows + at, W, Dp, t.queries + at);
+    memset(static_cast<void*>(t.dQueries + at), 0, W * Dp * sizeof(C));
+    for (int64_t lane = first; lane < first + W; lane++) {
+      const bool real = lane < lanes.count;
+      t.limit[lane] = real ? static_cast<C>(lanes.lastKey(lane)) : C(-1);
+      t.lse[lane] = real ? p.lse[primal(lanes.row(lane)) * p.heads.query + lanes.head(lane)] : C(0);
+    }
   }
 }
 
@@ -87,7 +98,7 @@ void probabilityTile(int64_t keys, int64_t tileStart, C* scores, const C* limit,
   for (int x = 0; x < W; x += V::N) {
     const V last = V::load(limit + x), norm = V::load(lse + x);
     for (int64_t j = 0; j < keys; j++) {
-      V e = vexp(V::load(scores + j * W + x) - norm);
+      V e = expOfDifference(V::load(scores + j * W + x) - norm);
       if (Masked) e = select(last >= V(static_cast<C>(tileStart + j)), e, V(C(0)));
       e.store(scores + j * W + x);
     }
@@ -246,7 +257,7 @@ void backward(const Call& call) {
   if (p.heads.T == 0) return;
   const int64_t chunkRows = chunkRowsFor<C>(p.heads.group), blocks = chunkBlocksFor<C>(p.heads.group);
   const int64_t S = p.segments.count, chunks = maxChunks(p.segments, p.heads.T, chunkRows);
-  const int64_t partials = splitsFor(p.heads.T) * p.heads.key * p.heads.T * 2 * p.Dp;
+  const int64_t partials = splitsFor(p.heads.T, p.heads.key) * p.heads.key * p.heads.T * 2 * p.Dp;
   Arena measure{nullptr};
   BackwardTiles<C>(measure, blocks, p.Dp);
   const size_t tileBytes = measure.used, tilesBytes = tileBytes * threadCount();
@@ -256,7 +267,7 @@ void backward(const Call& call) {
   p.partial = rest.take<C>(partials);
   FamilyPlan plan{
       rest.take<Chunk>(chunks), rest.take<Family>(S), rest.take<Job>(S * kMaxSplits), rest.take<int32_t>(2 * S), 0, 0};
-  planFamilies(p.segments, chunkRows, plan);
+  planFamilies(p.segments, chunkRows, p.heads.key, plan);
   run(p, plan, memory, tileBytes, blocks);
 }
 

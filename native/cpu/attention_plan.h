@@ -39,7 +39,7 @@ struct Chunk {
 
 // A root segment and its children: the rows that share keys. Its chunks (root first) are dealt in turn to `splits`
 // jobs, each with key gradients of its own, so that one long sequence still occupies several threads. The number
-// depends on the family alone, for a row's gradient must not change with the batch.
+// depends on the family and the heads alone, for a row's gradient must not change with the batch.
 struct Family {
   int32_t firstChunk, chunkCount, splits;
 };
@@ -50,8 +50,11 @@ struct Job {
 
 constexpr int kMaxSplits = 4;
 
-static inline int32_t splitsFor(int64_t familyRows) {
-  return familyRows < 256 ? 1 : familyRows < 1024 ? 2 : kMaxSplits;
+// A split costs memory for key gradients; with many key heads there are jobs enough without.
+static inline int32_t splitsFor(int64_t familyRows, int64_t keyHeads) {
+  const int64_t byRows = familyRows < 256 ? 1 : familyRows < 1024 ? 2 : kMaxSplits;
+  const int64_t byHeads = (16 + keyHeads - 1) / keyHeads;
+  return static_cast<int32_t>(byRows < byHeads ? byRows : byHeads);
 }
 
 static inline SegmentTable checkedSegments(const char* op, const TensorView& t, int64_t T) {
@@ -109,7 +112,7 @@ struct FamilyPlan {
   int64_t chunkCount, jobCount;
 };
 
-static inline void planFamilies(const SegmentTable& segments, int64_t chunkRows, FamilyPlan& plan) {
+static inline void planFamilies(const SegmentTable& segments, int64_t chunkRows, int64_t keyHeads, FamilyPlan& plan) {
   int32_t *next = plan.link, *last = plan.link + segments.count;  // chains root -> child -> child
   for (int32_t s = 0; s < segments.count; s++) {
     next[s] = -1;
@@ -126,7 +129,7 @@ static inline void planFamilies(const SegmentTable& segments, int64_t chunkRows,
     int64_t rows = 0;
     for (int32_t s = root; s >= 0; s = next[s]) rows += segments[s].length;
     if (rows == 0) continue;
-    const int32_t first = static_cast<int32_t>(plan.chunkCount), splits = splitsFor(rows);
+    const int32_t first = static_cast<int32_t>(plan.chunkCount), splits = splitsFor(rows, keyHeads);
     for (int32_t s = root; s >= 0; s = next[s])
       plan.chunkCount += cutSegment(segments, s, chunkRows, false, splits, plan.chunks + plan.chunkCount);
     for (int32_t i = splits - 1; i >= 0; i--) plan.jobs[plan.jobCount++] = {families, i};

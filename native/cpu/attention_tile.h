@@ -47,6 +47,7 @@ KG_INLINE void registerTile(int64_t K, const C* a, int64_t lda, const C* b, int6
       acc[i][j] = S == Start::Zero ? V(C(0)) : V::load(c + i * ldc + j * V::N);
       if (S == Start::Scale) acc[i][j] = acc[i][j] * V::load(factor + j * V::N);
     }
+#pragma GCC unroll 1  // a short constant K, peeled, spills the accumulators
   for (int64_t k = 0; k < K; k++) {
     V row[NV];
 #pragma GCC unroll 4
@@ -115,11 +116,46 @@ KG_INLINE void storeRow(const C* src, C factor, T* dst, int64_t D) {
   if (d < D) (V::load(src + d) * V(factor)).storePartial(dst + d, static_cast<int>(D - d));
 }
 
-// dst[columns][rows] = src[rows][columns]^T.
+// e^x for x that is 0 at most but for rounding: a probability. Subnormal results are 0; NaN stays. Half the work of
+// vexp.
+template <class C>
+KG_INLINE Vec<C> expOfDifference(Vec<C> x) {
+  using K = MathConstants<C>;
+  const Vec<C> lowest(sizeof(C) == 4 ? C(-87.0) : C(-708.0));
+  const Reduced<C> d = reduceByLn2(max(lowest, x));
+  const Vec<C> y = fma(d.r * d.r, polynomial(d.r, K::expPoly), d.r) + Vec<C>(C(1));
+  return select(x < lowest, Vec<C>(C(0)), y * powerOfTwo<C>(d.n));
+}
+
+typedef float Quad __attribute__((vector_size(16)));
+typedef double Pair __attribute__((vector_size(16)));
+
+KG_INLINE void transposeBlock(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  Quad r[4];
+  for (int i = 0; i < 4; i++) memcpy(&r[i], src + i * lds, sizeof(Quad));
+  const Quad a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+  const Quad c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  r[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  r[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  r[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  r[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+  for (int i = 0; i < 4; i++) memcpy(dst + i * ldd, &r[i], sizeof(Quad));
+}
+
+KG_INLINE void transposeBlock(const double* src, int64_t lds, double* dst, int64_t ldd) {
+  Pair r[2];
+  for (int i = 0; i < 2; i++) memcpy(&r[i], src + i * lds, sizeof(Pair));
+  const Pair low = __builtin_shufflevector(r[0], r[1], 0, 2), high = __builtin_shufflevector(r[0], r[1], 1, 3);
+  memcpy(dst, &low, sizeof(Pair));
+  memcpy(dst + ldd, &high, sizeof(Pair));
+}
+
+// dst[columns][rows] = src[rows][columns]^T; both lengths multiples of four.
 template <class C>
 static void transpose(const C* src, int64_t rows, int64_t columns, C* dst) {
-  for (int64_t j = 0; j < columns; j++)
-    for (int64_t i = 0; i < rows; i++) dst[j * rows + i] = src[i * columns + j];
+  constexpr int B = 16 / sizeof(C);
+  for (int64_t j = 0; j < columns; j += B)
+    for (int64_t i = 0; i < rows; i += B) transposeBlock(src + i * columns + j, columns, dst + j * rows + i, rows);
 }
 
 }  // namespace kg::cpu::KG_ISA::attention
