@@ -1,0 +1,84 @@
+// Between files and tensors: mapped safetensors into device memory in a dtype, and tensors back into file bytes.
+
+import { statSync } from 'node:fs';
+import { KeelgradError } from '../errors.js';
+import { cast } from '../ops/movement.js';
+import type { DType } from '../tensor/dtype.js';
+import { detachFromScope, scope } from '../tensor/scope.js';
+import { type Device, Storage, withTag } from '../tensor/storage.js';
+import { Tensor } from '../tensor/tensor.js';
+import type { SafetensorsDtype, TensorLocation } from './safetensors.js';
+import type { TensorSource } from './safetensors-write.js';
+
+const readable: Partial<Record<SafetensorsDtype, DType>> = {
+  F64: 'float64',
+  F32: 'float32',
+  BF16: 'bfloat16',
+  F16: 'float16',
+};
+const fileDtypes: Partial<Record<DType, SafetensorsDtype>> = {
+  float64: 'F64',
+  float32: 'F32',
+  bfloat16: 'BF16',
+  float16: 'F16',
+};
+
+/** Reads tensors out of mapped files. Files stay mapped until `dispose`; what was read is a copy. */
+export class WeightReader {
+  private readonly files = new Map<string, Storage>();
+
+  /** The tensor at a location, converted to `dtype`, owned by the caller. */
+  read(location: TensorLocation, dtype: DType, device: Device): Tensor {
+    const stored = readable[location.dtype];
+    if (!stored)
+      throw new KeelgradError(
+        `${location.file}: tensor "${location.name}": expected F32, F64, BF16 or F16 weights, found ${location.dtype}; convert the model first`,
+      );
+    let file = this.files.get(location.file);
+    if (!file) {
+      file = Storage.map(location.file, statSync(location.file).size);
+      this.files.set(location.file, file);
+    }
+    const storage = file;
+    return detachFromScope(
+      scope(() => {
+        const view = new Tensor({
+          storage: storage.retain(),
+          dtype: stored,
+          shape: location.shape,
+          byteOffset: location.begin,
+        });
+        const copy = withTag('weights', () => copyOf(view, dtype));
+        return device === 'cpu' ? copy : withTag('weights', () => copy.to({ device }));
+      }),
+    );
+  }
+
+  dispose(): void {
+    for (const file of this.files.values()) file.release();
+    this.files.clear();
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
+
+const copyOf = (view: Tensor, dtype: DType): Tensor => (view.dtype === dtype ? view.clone() : cast(view, dtype));
+
+/** A tensor as a source for the safetensors writer, cast to `dtype` when its turn comes. */
+export function tensorSource(name: string, tensor: Tensor, dtype: DType): TensorSource {
+  return {
+    name,
+    dtype: fileDtypes[dtype]!,
+    shape: tensor.shape,
+    data: async () => {
+      const converted = detachFromScope(scope(() => cast(tensor, dtype).asContiguous()));
+      try {
+        return await converted.bytes();
+      } finally {
+        converted.dispose();
+      }
+    },
+  };
+}
