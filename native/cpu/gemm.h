@@ -27,7 +27,8 @@ struct Gemm {
 
 namespace KG_ISA {
 
-// Multi-threaded; serial when called inside parallelFor. bfloat16 accumulates in float32 and is rounded once.
+// Multi-threaded; serial when called inside parallelFor. bfloat16 accumulates in float32 and is rounded once; with
+// AVX512_BF16 its subnormal numbers count as zero.
 void gemm(const Gemm& g);
 
 }  // namespace KG_ISA

@@ -21,7 +21,7 @@
 #define KG_GEMM_VECTORS 2
 #elif defined(__aarch64__)
 #define KG_GEMM_BYTES 16
-#define KG_GEMM_ROWS 8
+#define KG_GEMM_ROWS 7
 #define KG_GEMM_VECTORS 3
 #else
 #define KG_GEMM_BYTES 16
