@@ -1,6 +1,6 @@
 // The reductions of elementwise.def. One summation order, whatever the layout, the batch and the number of threads: the
 // reduced elements, in logical order, are cut into blocks of kBlock; element i of a block goes to lane i % kLanes;
-// lanes are joined by a tree, blocks in order (in float64 for sums of float32). Never sums across blocks in a task.
+// lanes are joined by a tree, blocks in order (sums in float64, compensated). Never sums across blocks in a task.
 #include "cpu/elementwise.h"
 
 namespace kg::cpu::KG_ISA {
@@ -94,18 +94,29 @@ void reduceColumns(const void* from, const int64_t* offsets, int64_t n, int64_t 
   memcpy(results, lanes[0], width * sizeof(C));
 }
 
+// In float64, with what each addition loses (Knuth's two-sum) carried along.
+template <class C>
+double sumBlocks(const C* p, int64_t stride, int64_t blocks) {
+  double total = p[0], lost = 0;
+  for (int64_t b = 1; b < blocks; b++) {
+    const double x = p[b * stride], sum = total + x, part = sum - total;
+    lost += (total - (sum - part)) + (x - part);
+    total = sum;
+  }
+  // inf - inf in `lost` must not spoil an infinite total.
+  return lost == lost ? total + lost : total;
+}
+
 // Joins the `blocks` partial results of each of `count` outputs in order; partial[b * stride + i].
 template <class Row, class T>
 void finish(const void* partials, int64_t stride, int64_t blocks, int64_t count, void* out, int64_t outStride) {
   using C = compute_t<T>;
-  constexpr bool wideSum = std::is_same_v<Row, Row_reduceSum> && std::is_same_v<C, float>;
+  constexpr bool floatingSum = std::is_same_v<Row, Row_reduceSum> && std::is_floating_point_v<C>;
   const C* p = static_cast<const C*>(partials);
   T* y = static_cast<T*>(out);
   for (int64_t i = 0; i < count; i++) {
-    if constexpr (wideSum) {
-      double total = p[i];
-      for (int64_t b = 1; b < blocks; b++) total += p[b * stride + i];
-      y[i * outStride] = static_cast<T>(static_cast<float>(total));
+    if constexpr (floatingSum) {
+      y[i * outStride] = static_cast<T>(static_cast<C>(sumBlocks(p + i, stride, blocks)));
     } else {
       Vec<C> total(p[i]);
       for (int64_t b = 1; b < blocks; b++) total = Row::template apply<Vec<C>>(total, Vec<C>(p[b * stride + i]));

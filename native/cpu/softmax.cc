@@ -5,6 +5,8 @@
 namespace kg::cpu::KG_ISA {
 namespace {
 
+constexpr int64_t kBlock = 1024;
+
 template <class C>
 KG_INLINE C infinity() {
   return static_cast<C>(__builtin_inf());
@@ -20,29 +22,36 @@ KG_INLINE C rowMax(const T* x, int64_t n) {
   return hmax(best);
 }
 
-// Sum of exp(x - max), by lanes; each exponential is handed to `keep`.
+// Sum of e^(x - largest) over at most kBlock elements, by lanes; each exponential is handed to `keep`.
 template <class C, class T, class F>
-KG_INLINE C sumExp(const T* x, int64_t n, C largest, F keep) {
-  const Vec<C> shift(largest), zero(C(0));
-  Vec<C> even = zero, odd = zero;
-  int64_t i = 0;
-  for (; i + 2 * Vec<C>::N <= n; i += 2 * Vec<C>::N) {
+KG_INLINE C sumExpBlock(const T* x, int64_t begin, int64_t end, Vec<C> shift, F keep) {
+  Vec<C> even(C(0)), odd(C(0));
+  int64_t i = begin;
+  for (; i + 2 * Vec<C>::N <= end; i += 2 * Vec<C>::N) {
     const Vec<C> a = vexp(Vec<C>::load(x + i) - shift), b = vexp(Vec<C>::load(x + i + Vec<C>::N) - shift);
     keep(i, a, Vec<C>::N);
     keep(i + Vec<C>::N, b, Vec<C>::N);
     even += a;
     odd += b;
   }
-  for (; i < n; i += Vec<C>::N) {
-    const int count = n - i < Vec<C>::N ? static_cast<int>(n - i) : Vec<C>::N;
-    // Absent lanes count nothing.
+  for (; i < end; i += Vec<C>::N) {
+    const int count = end - i < Vec<C>::N ? static_cast<int>(end - i) : Vec<C>::N;
     const Vec<C> e = vexp(Vec<C>::loadPartial(x + i, count) - shift);
     keep(i, e, count);
     C lanes[Vec<C>::N];
     e.store(lanes);
-    even += Vec<C>::loadPartial(lanes, count);
+    even += Vec<C>::loadPartial(lanes, count);  // absent lanes count nothing
   }
   return hsum(even + odd);
+}
+
+// Blocks keep a sum over a whole vocabulary accurate; they are joined in float64.
+template <class C, class T, class F>
+KG_INLINE C sumExp(const T* x, int64_t n, C largest, F keep) {
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kBlock)
+    total += static_cast<double>(sumExpBlock<C>(x, i, min64(i + kBlock, n), Vec<C>(largest), keep));
+  return static_cast<C>(total);
 }
 
 template <class C, class T>
