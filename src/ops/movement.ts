@@ -5,6 +5,7 @@ import { type DType, isFloating } from '../tensor/dtype.js';
 import { owned } from '../tensor/scope.js';
 import { broadcastStrides, contiguousStrides, normalizeAxis, sameShape, sizeOf } from '../tensor/shape.js';
 import { defineMaterialize, Tensor } from '../tensor/tensor.js';
+import { mul } from './elementwise.js';
 import { sumTo } from './reduce.js';
 
 defineMaterialize((t, dtype) => owned(() => [copyTo(t, dtype)])[0]);
@@ -258,10 +259,11 @@ export class LookupContribution {
   materialize(): Tensor {
     return scatterRows(this.g, this.ids, this.shape[0]);
   }
-  /** into[V, D] += the contribution. */
-  addTo(into: Tensor): void {
+  /** into[V, D] += scale * the contribution. */
+  addTo(into: Tensor, scale: number): void {
     into.storage.version++;
-    const g = contiguous(this.g);
+    const scaled = scale === 1 ? this.g : mul(this.g, scale);
+    const g = contiguous(scaled);
     if (g.size > 0) launch('scatterAddRows', [into, g, this.ids]);
     g.dispose();
   }

@@ -73,11 +73,14 @@ export class LinearContribution implements Contribution {
     const product = matmul(transpose(this.g), this.x);
     return this.scale === 1 ? product : mul(product, this.scale);
   }
-  /** into[out, in] += the contribution. */
-  addTo(into: Tensor): void {
+  /** into[out, in] += scale * the contribution. */
+  addTo(into: Tensor, scale: number): void {
     const gt = transpose(this.g.node ? this.g.detach() : this.g);
     const wide = into.dtype === this.x.dtype || (into.dtype === 'float32' && this.x.dtype === 'bfloat16');
-    matmulInto(into, gt, wide ? this.x : cast(this.x, into.dtype), { alpha: this.scale, accumulate: true });
+    matmulInto(into, gt, wide ? this.x : cast(this.x, into.dtype), {
+      alpha: scale * this.scale,
+      accumulate: true,
+    });
     gt.dispose();
   }
 }
