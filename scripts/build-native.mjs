@@ -1,23 +1,43 @@
-// Builds the addon with cmake-js, incrementally: what `npm run build:native`, `prepare` and binding.gyp call.
-// KEELGRAD_SKIP_NATIVE=1 skips it. Output: build/Release/keelgrad.node.
+#!/usr/bin/env node
+// Builds the addon with cmake-js, incrementally: what `npm run build:native`, `prepare`, binding.gyp and prebuildify call.
+// Output: build/Release/keelgrad.node; CMake keeps its own files in build/cmake, away from those of node-gyp.
+// KEELGRAD_SKIP_NATIVE=1 skips it, CMAKE_BUILD_PARALLEL_LEVEL sets the number of jobs.
 import { spawnSync } from 'node:child_process';
+import { existsSync, readFileSync, realpathSync, rmSync } from 'node:fs';
 import { createRequire } from 'node:module';
+import { availableParallelism } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
-const require = createRequire(import.meta.url);
+const cmakeFolder = join(root, 'build', 'cmake');
+const outputFolder = join(root, 'build', 'Release');
+
+/** A checkout that was moved or copied with its build folder must configure anew: CMake's cache holds absolute paths. */
+function forgetForeignCache() {
+  const cache = join(cmakeFolder, 'CMakeCache.txt');
+  if (!existsSync(cache)) return;
+  const home = /^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$/m.exec(readFileSync(cache, 'utf8'))?.[1];
+  if (!home || !existsSync(home) || realpathSync(home) !== realpathSync(root)) rmSync(cmakeFolder, { recursive: true });
+}
+
+function build() {
+  const require = createRequire(import.meta.url);
+  const cmakeJs = join(dirname(require.resolve('cmake-js/package.json')), 'bin', 'cmake-js');
+  const jobs = process.env.CMAKE_BUILD_PARALLEL_LEVEL ?? String(availableParallelism());
+  const output = `--CDCMAKE_LIBRARY_OUTPUT_DIRECTORY=${outputFolder}`;
+  const args = [cmakeJs, 'compile', '--out', cmakeFolder, output, '--parallel', jobs];
+  return spawnSync(process.execPath, args, { cwd: root, stdio: 'inherit' }).status ?? 1;
+}
 
 if (process.env.KEELGRAD_SKIP_NATIVE !== '1') {
-  const cmakeJs = join(dirname(require.resolve('cmake-js/package.json')), 'bin', 'cmake-js');
-  const napi = require('node-addon-api').include.replaceAll('"', '');
-  const args = [cmakeJs, 'compile', `--CDKG_NODE_ADDON_API=${napi}`, '--parallel', '2'];
-  const result = spawnSync(process.execPath, args, { cwd: root, stdio: 'inherit' });
-  if (result.status !== 0) {
+  forgetForeignCache();
+  const status = build();
+  if (status !== 0) {
     console.error(
-      'keelgrad: the native addon did not build. Expected: a C++17 compiler, cmake >= 3.18 and make (or ninja).\n' +
+      'keelgrad: the native addon did not build. Expected: a C++17 compiler, cmake >= 3.18 and make or ninja.\n' +
         'Install them (Debian: apt-get install g++ cmake make), then run: npm run build:native',
     );
-    process.exit(result.status ?? 1);
+    process.exit(status);
   }
 }
