@@ -181,7 +181,7 @@ export interface DifferentiateOptions {
   sinks?: readonly (GradientSink | null)[];
 }
 
-/** Engine-wide helpers that need ops, supplied by autograd/index.ts: this file uses no op by name. */
+/** Engine-wide helpers that need ops, supplied by ops/reduce.ts: this file uses no op by name. */
 export interface TapeOps {
   add(a: Tensor, b: Tensor): Tensor;
   addInPlace(into: Tensor, b: Tensor): void;

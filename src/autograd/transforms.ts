@@ -1,13 +1,9 @@
 // Function transforms: grad, valueAndGrad, vjp, jvp, hvp. They nest without limit of order.
-import { add, addInPlace } from '../ops/elementwise.js';
-import { cast, fill } from '../ops/movement.js';
-import { sumTo } from '../ops/reduce.js';
+import { fill } from '../ops/movement.js';
 import { forEachTensor, scope } from '../tensor/scope.js';
 import { sameShape } from '../tensor/shape.js';
 import { Tensor } from '../tensor/tensor.js';
-import { type DifferentiateOptions, defineTapeOps, differentiate } from './tape.js';
-
-defineTapeOps({ add, addInPlace, sumTo, cast });
+import { type DifferentiateOptions, differentiate } from './tape.js';
 
 /** A tensor, or nested arrays, plain objects and maps of tensors: what transforms take and give gradients for. */
 // biome-ignore lint/suspicious/noExplicitAny: a tree's type is the caller's

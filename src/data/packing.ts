@@ -81,7 +81,12 @@ class Packer {
   }
 }
 
-function packResponse(packer: Packer, ids: Int32Array, prompt: { index: number; start: number; length: number }, sequence: number): void {
+function packResponse(
+  packer: Packer,
+  ids: Int32Array,
+  prompt: { index: number; start: number; length: number },
+  sequence: number,
+): void {
   const { start } = packer.segment(ids.subarray(0, ids.length - 1), prompt.length > 0 ? prompt.index : undefined);
   if (prompt.length > 0) packer.target(prompt.start + prompt.length - 1, ids[0], sequence);
   for (let i = 1; i < ids.length; i++) packer.target(start + i - 1, ids[i], sequence);
@@ -106,7 +111,8 @@ export function packSequences(examples: readonly SequenceIds[]): PackedBatch {
   let tokens = 0;
   examples.forEach(({ inputIds, completionMask }, sequence) => {
     const { start } = packer.segment(inputIds.subarray(0, inputIds.length - 1));
-    for (let i = 1; i < inputIds.length; i++) if (completionMask[i]) packer.target(start + i - 1, inputIds[i], sequence);
+    for (let i = 1; i < inputIds.length; i++)
+      if (completionMask[i]) packer.target(start + i - 1, inputIds[i], sequence);
     tokens += inputIds.length;
   });
   return packer.finish(examples.length, tokens);

@@ -56,18 +56,18 @@ export function vocabHead(
     forward: () => {
       const output = emptyLike(hidden, [ids.size], dtype);
       const lse = emptyLike(hidden, [hidden.shape[0]], dtype);
-      const input = contiguous(hidden.detach());
-      if (hidden.size > 0) launch('vocabHead', [output, lse, stats, null, input, weight, rows, ids, null]);
-      input.dispose();
+      const kernel = [hidden, weight, rows, ids].map((t) => contiguous(t.detach()));
+      if (hidden.size > 0) launch('vocabHead', [output, lse, stats, null, ...kernel, null]);
+      for (const t of kernel) t.dispose();
       return { output, saved: [lse, rows, ids] };
     },
     definition: (h, w) => headDefinition(h, w, rows, ids),
     backward: ({ g, saved: [h, w, lse, r, t], needs, buffer }) => {
-      const input = contiguous(h.detach());
-      const dhidden = needs[0] ? emptyLike(input) : null;
+      const kernel = [g, h, w, lse, r, t].map((x) => contiguous(x.detach()));
+      const dhidden = needs[0] ? emptyLike(h) : null;
       const sink = needs[1] ? buffer(1) : null;
       const dweight = needs[1] ? (sink ?? fill(emptyLike(w, w.shape, dtype), 0)) : null;
-      if (input.size > 0) launch('vocabHeadBackward', [dhidden, dweight, contiguous(g), input, w, lse, r, t, null]);
+      if (h.size > 0) launch('vocabHeadBackward', [dhidden, dweight, ...kernel, null]);
       return [dhidden, sink ? null : dweight];
     },
   });

@@ -1,9 +1,9 @@
 // Reductions: over any axes, in a fixed order, accumulated in float32 at least.
-import { record } from '../autograd/tape.js';
+import { defineTapeOps, record } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { contiguousStrides, normalizeAxis, sameShape, sizeOf } from '../tensor/shape.js';
 import type { Tensor } from '../tensor/tensor.js';
-import { equal, mul, reciprocal } from './elementwise.js';
+import { add, addInPlace, equal, mul, reciprocal } from './elementwise.js';
 import { broadcastTo, cast, emptyLike, reshape } from './movement.js';
 
 export interface ReduceOptions {
@@ -87,3 +87,12 @@ export function sumTo(x: Tensor, shape: readonly number[]): Tensor {
   const axes = x.shape.map((_, i) => i).filter((i) => i < shift || (shape[i - shift] === 1 && x.shape[i] !== 1));
   return reshape(sum(x, { axes, keepDims: true }), shape);
 }
+
+// Here, because this file knows all four and every op loads it: the tape itself names no op. By function, since these files
+// import each other and some may still be loading.
+defineTapeOps({
+  add: (a, b) => add(a, b),
+  addInPlace: (into, b) => addInPlace(into, b),
+  sumTo,
+  cast: (t, dtype) => cast(t, dtype),
+});

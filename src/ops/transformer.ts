@@ -1,7 +1,8 @@
 // The fused ops of a transformer block: RMSNorm, rotary embedding, SwiGLU, attention over packed segments, LoRA linear.
-import { type Cotangent, record } from '../autograd/tape.js';
+import { type Cotangent, record, trackedMask } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
+import { sameShape } from '../tensor/shape.js';
 import { Tensor } from '../tensor/tensor.js';
 import { add, mul, neg, rsqrt, silu, square, sub, where } from './elementwise.js';
 import { fused } from './fused.js';
@@ -55,9 +56,10 @@ export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
     forward: () => {
       const output = emptyLike(rows);
       const rstd = statsLike(rows, [rows.shape[0]]);
-      const flat = bare(rows);
-      if (output.size > 0) launch('rmsNorm', [output, rstd, flat, weight], [eps]);
+      const [flat, scales] = [bare(rows), bare(weight)];
+      if (output.size > 0) launch('rmsNorm', [output, rstd, flat, scales], [eps]);
       flat.dispose();
+      scales.dispose();
       return { output, saved: [rstd] };
     },
     definition: (a, w) => rmsNormDefinition(a, w, eps),
@@ -67,7 +69,7 @@ export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
       const dx = needs[0] ? emptyLike(input) : null;
       const sink = needs[1] ? buffer(1) : null;
       const dw = needs[1] ? (sink ?? accumulator(w)) : null;
-      if (input.size > 0) launch('rmsNormBackward', [dx, dw, dy, input, w, rstd, null]);
+      if (input.size > 0) launch('rmsNormBackward', [dx, dw, dy, input, bare(w), rstd, null]);
       return [dx, sink ? null : dw];
     },
   });
@@ -91,14 +93,25 @@ export function rotaryDefinition(x: Tensor, positions: Tensor, table: Tensor, in
  * table `[P, D]` of cosines and sines (ropeTable). Linear in x: its gradient is the inverse rotation, its own kind of op.
  */
 export function rotaryEmbedding(x: Tensor, positions: Tensor, table: Tensor, inverse = false): Tensor {
-  if (x.ndim !== 3 || x.shape[2] % 2 !== 0 || table.shape[1] !== x.shape[2] || positions.size !== x.shape[0])
+  if (
+    x.ndim !== 3 ||
+    x.shape[2] % 2 !== 0 ||
+    table.ndim !== 2 ||
+    table.shape[1] !== x.shape[2] ||
+    table.dtype !== accumulationDType(x.dtype) ||
+    positions.dtype !== 'int32' ||
+    positions.size !== x.shape[0]
+  )
     throw new RangeError(
-      `[rotaryEmbedding] expected x [T, heads, D], positions [T], table [P, D], found ${x.describe()}, ${positions.describe()}, ${table.describe()}`,
+      `[rotaryEmbedding] expected x [T, heads, D] with D even, int32 positions [T], table [P, D] in ${accumulationDType(x.dtype)}, found ${x.describe()}, ${positions.describe()}, ${table.describe()}`,
     );
+  if (trackedMask([table]) !== 0)
+    throw new Error('[rotaryEmbedding] has no derivative for its table; detach() it, or differentiate rotaryDefinition');
   const out = emptyLike(x);
   const input = x.strides[2] === 1 ? x.detach() : bare(x);
-  if (out.size > 0) launch('rotary', [out, input, positions, table], [inverse ? 1 : 0]);
-  input.dispose();
+  const [rows, angles] = [bare(positions), bare(table)];
+  if (out.size > 0) launch('rotary', [out, input, rows, angles], [inverse ? 1 : 0]);
+  for (const t of [input, rows, angles]) t.dispose();
   return record('rotaryEmbedding', [x], [out], [positions, table], ({ g, saved: [p, t] }) => [
     rotaryEmbedding(g, p, t, !inverse),
   ])[0];
@@ -106,6 +119,10 @@ export function rotaryEmbedding(x: Tensor, positions: Tensor, table: Tensor, inv
 
 /** silu(gate) * up (Shazeer 2020), any equal shapes. */
 export function swiglu(gate: Tensor, up: Tensor): Tensor {
+  if (!sameShape(gate.shape, up.shape) || gate.dtype !== up.dtype)
+    throw new RangeError(
+      `[swiglu] expected gate and up of one shape and dtype, found ${gate.describe()} and ${up.describe()}`,
+    );
   const inputs = [asRows(gate), asRows(up)];
   const y = fused({
     name: 'swiglu',
@@ -160,11 +177,15 @@ export function groupedQueryAttention(
     k.ndim !== 3 ||
     v.ndim !== 3 ||
     q.shape[0] !== layout.total ||
+    k.shape[0] !== layout.total ||
     q.shape[1] % k.shape[1] !== 0 ||
-    q.shape[2] !== k.shape[2]
+    q.shape[2] !== k.shape[2] ||
+    !sameShape(k.shape, v.shape) ||
+    q.dtype !== k.dtype ||
+    q.dtype !== v.dtype
   )
     throw new RangeError(
-      `[groupedQueryAttention] expected q [T, Hq, D] and k, v [T, Hk, D] with T = ${layout.total} and Hq a multiple of Hk, found ${q.describe()}, ${k.describe()}, ${v.describe()}`,
+      `[groupedQueryAttention] expected q [T, Hq, D] and k, v [T, Hk, D] of one dtype with T = ${layout.total} and Hq a multiple of Hk, found ${q.describe()}, ${k.describe()}, ${v.describe()}`,
     );
   const rowMajor = (t: Tensor): Tensor => (t.strides[2] === 1 ? t.detach() : bare(t));
   const { segments } = layout.on(q.device);

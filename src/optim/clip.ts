@@ -1,8 +1,8 @@
 // Global gradient norms and clipping, on the device.
 import { launch } from '../native/launch.js';
 import { add, cast, minimum, mul, notEqual, rdiv } from '../ops/index.js';
-import type { Tensor } from '../tensor/tensor.js';
 import { zeros } from '../ops/movement.js';
+import type { Tensor } from '../tensor/tensor.js';
 
 /** Sum of squares over all tensors: float64 `[1]`, accumulated in float64 in a fixed order. */
 export function sumOfSquares(tensors: Iterable<Tensor>): Tensor {
@@ -23,4 +23,3 @@ export function nonFinite(values: readonly Tensor[]): Tensor {
   const probe = values.map((v) => mul(cast(v, 'float64').reshape([1]), 0)).reduce((a, b) => add(a, b));
   return cast(notEqual(probe, 0), 'float64');
 }
-

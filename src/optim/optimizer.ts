@@ -100,7 +100,12 @@ export class Optimizer {
         const packed = Tensor.from(Float64Array.of(learningRates[i], this.stepCount, 1, 0), { device });
         copyInto(packed.slice(0, 2, 3), scalars.factor);
         copyInto(packed.slice(0, 3, 4), scalars.skip);
-        for (const decays of [true, false]) this.update(packed, group.slots.filter((s) => s.decays === decays), decays);
+        for (const decays of [true, false])
+          this.update(
+            packed,
+            group.slots.filter((s) => s.decays === decays),
+            decays,
+          );
       });
     });
   }

@@ -14,7 +14,9 @@ const schedules: Record<ScheduleName, (step: number, options: ScheduleOptions) =
   constant: () => 1,
   constant_with_warmup: (step, { warmupSteps }) => (step < warmupSteps ? warmup(step, warmupSteps) : 1),
   linear: (step, { warmupSteps, totalSteps }) =>
-    step < warmupSteps ? warmup(step, warmupSteps) : Math.max(0, (totalSteps - step) / Math.max(1, totalSteps - warmupSteps)),
+    step < warmupSteps
+      ? warmup(step, warmupSteps)
+      : Math.max(0, (totalSteps - step) / Math.max(1, totalSteps - warmupSteps)),
   cosine: (step, { warmupSteps, totalSteps }) => {
     if (step < warmupSteps) return warmup(step, warmupSteps);
     const progress = (step - warmupSteps) / Math.max(1, totalSteps - warmupSteps);

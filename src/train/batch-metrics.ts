@@ -6,6 +6,10 @@ import type { Tensor } from '../tensor/tensor.js';
 
 const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
 
+/** The sum of scalars, read when they are ready. */
+export const total = async (scalars: readonly Tensor[]): Promise<number> =>
+  (await Promise.all(scalars.map((t) => t.data()))).reduce((sum, value) => sum + value[0], 0);
+
 /** The plain mean of micro-batch values, whatever their sizes, as TRL averages them. */
 export function averageMetrics(parts: readonly Record<string, number>[]): Record<string, number> {
   return Object.fromEntries(Object.keys(parts[0]).map((name) => [name, mean(parts.map((p) => p[name]))]));
@@ -63,7 +67,12 @@ export interface PairValues {
 }
 
 /** Rewards, log-probabilities and token statistics of a preference micro-batch. */
-export function pairMetrics(batch: PackedBatch, s: TargetStatistics, v: PairValues, beta: number): Record<string, number> {
+export function pairMetrics(
+  batch: PackedBatch,
+  s: TargetStatistics,
+  v: PairValues,
+  beta: number,
+): Record<string, number> {
   const pairs = batch.lengths.length / 2;
   const each = Array.from({ length: pairs }, (_, i) => i);
   const rewards = (policy: ArrayLike<number>, reference: ArrayLike<number> | null): number[] =>

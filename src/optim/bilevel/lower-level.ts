@@ -43,7 +43,10 @@ export function descend(
       for (const [name, t] of precise) {
         const moved = stepped(t, g.get(name)!, options.learningRate, preciseOwned.includes(t));
         next.set(name, moved);
-        rounded.set(name, start.get(name)!.dtype === moved.dtype ? moved : detachFromScope(cast(moved, start.get(name)!.dtype)));
+        rounded.set(
+          name,
+          start.get(name)!.dtype === moved.dtype ? moved : detachFromScope(cast(moved, start.get(name)!.dtype)),
+        );
       }
     });
     const kept = new Set([...next.values(), ...rounded.values()]);

@@ -1,0 +1,132 @@
+// The training loop, one for every method: gradients of a task, joint clipping, optimizer step, metrics.
+//
+// Metrics are read one step late: the next step is enqueued before the former one's numbers are awaited, so the device never
+// waits for the host. A non-finite loss or gradient sets the skip flag on the device: weights then stay as they were.
+
+import type { PlannedStep, StepPlan } from '../data/batches.js';
+import { KeelgradError } from '../errors.js';
+import { add, sqrt } from '../ops/elementwise.js';
+import { clipFactor, nonFinite, sumOfSquares } from '../optim/clip.js';
+import type { Optimizer } from '../optim/optimizer.js';
+import { type ScheduleName, scheduleFactor } from '../optim/schedule.js';
+import { scope } from '../tensor/scope.js';
+import { memory } from '../tensor/storage.js';
+import type { Metrics, RunStep } from './hooks.js';
+import type { GroupName, Task } from './task.js';
+
+export interface LoopOptions {
+  plan: StepPlan;
+  optimizer: Optimizer;
+  /** Base rates by group, in the task's order. */
+  learningRates: Readonly<Record<GroupName, number>>;
+  schedule: { name: ScheduleName; warmupSteps: number };
+  /** Joint clipping of all groups; 0 is off. */
+  maxGradNorm: number;
+  signal?: AbortSignal;
+}
+
+interface Enqueued {
+  planned: PlannedStep;
+  metrics: Promise<Metrics>;
+  records: number[];
+}
+
+/** Lets timers, signals and finalizers run: promises alone would starve them. */
+const breathe = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
+
+/**
+ * Runs the plan; yields every step's metrics in order. Ends early, with what was enqueued finished, once the signal is aborted.
+ *
+ * @throws KeelgradError at a non-finite loss or gradient, naming step and records; weights are those before that step
+ */
+export async function* train(task: Task, options: LoopOptions): AsyncGenerator<RunStep, void, void> {
+  const { plan } = options;
+  const clock = new Throughput();
+  let previous: Enqueued | null = null;
+  for (const planned of plan) {
+    if (options.signal?.aborted) break;
+    const enqueued = await enqueue(task, planned, options);
+    if (previous) yield await finish(previous, plan.totalSteps, clock);
+    previous = enqueued;
+    await breathe();
+  }
+  if (previous) yield await finish(previous, plan.totalSteps, clock);
+}
+
+/** Tokens per second between the ends of steps. */
+class Throughput {
+  private time = performance.now();
+  private tokens = 0;
+
+  next(tokens: number): number {
+    const now = performance.now();
+    const rate = ((tokens - this.tokens) / (now - this.time)) * 1000;
+    this.time = now;
+    this.tokens = tokens;
+    return rate;
+  }
+}
+
+async function finish(
+  { planned, metrics, records }: Enqueued,
+  totalSteps: number,
+  clock: Throughput,
+): Promise<RunStep> {
+  const values = await metrics;
+  const bad = ['loss', 'grad_norm'].find((name) => !Number.isFinite(values[name]));
+  if (bad)
+    throw new KeelgradError(
+      `step ${planned.step + 1}: ${bad} is ${values[bad]} (records ${records.join(', ')}); the weights before this step are kept. ` +
+        'Try a lower learning rate, a lower max gradient norm, or look at these records',
+    );
+  return {
+    step: planned.step + 1,
+    totalSteps,
+    metrics: { ...values, tokens_per_second: clock.next(values.num_tokens) },
+  };
+}
+
+async function enqueue(task: Task, planned: PlannedStep, options: LoopOptions): Promise<Enqueued> {
+  const { trainable } = task;
+  trainable.zeroGradients();
+  const { losses, metrics } = await task.accumulate(planned);
+  const factor = scheduleFactor(options.schedule.name, planned.step, {
+    warmupSteps: options.schedule.warmupSteps,
+    totalSteps: options.plan.totalSteps,
+  });
+  const rates = trainable.groups.map((g) => options.learningRates[g] * factor);
+  const { norms } = scope(() => {
+    const squares = trainable.groups.map((g) => sumOfSquares(trainable.gradients.get(g)!.buffers.values()));
+    const total = sqrt(squares.reduce((a, b) => add(a, b)));
+    options.optimizer.step(rates, {
+      factor: clipFactor(total, options.maxGradNorm),
+      skip: nonFinite([total, ...losses]),
+    });
+    return { norms: Promise.all([total, ...squares].map((t) => t.data())) };
+  });
+  for (const t of losses) t.dispose();
+  const merged = Promise.all([metrics, norms]).then(([values, [total, ...squares]]) => ({
+    ...values,
+    grad_norm: total[0],
+    ...groupMetrics(trainable.groups, squares, rates),
+    epoch: planned.epoch,
+    peak_memory: memory(trainable.model.device).peak,
+  }));
+  // A failure must not be reported as unhandled while its turn has not come.
+  merged.catch(() => undefined);
+  return { planned, metrics: merged, records: task.records(planned) };
+}
+
+function groupMetrics(
+  groups: readonly GroupName[],
+  squares: readonly ArrayLike<number>[],
+  rates: readonly number[],
+): Metrics {
+  const common: Metrics = rates.every((rate) => rate === rates[0]) ? { learning_rate: rates[0] } : {};
+  if (groups.length === 1) return common;
+  const entries = groups.flatMap((g, i): [string, number][] => [
+    [`grad_norm/${g}`, Math.sqrt(squares[i][0])],
+    [`learning_rate/${g}`, rates[i]],
+  ]);
+  return { ...common, ...Object.fromEntries(entries) };
+}

@@ -1,0 +1,130 @@
+// A training session: model, data and options put together into steps. Files and progress are its callers' business.
+import { planSteps as planData, type StepPlan } from '../data/batches.js';
+import type { PreferenceExample, PreparedData, SftExample } from '../data/tokenize.js';
+import { KeelgradError } from '../errors.js';
+import type { CausalLM } from '../models/causal-lm.js';
+import { countParameters } from '../models/parameters.js';
+import { Optimizer, type OptimizerOptions } from '../optim/optimizer.js';
+import type { Tensor } from '../tensor/tensor.js';
+import { DpoTask } from './dpo-task.js';
+import type { RunStep, TrainHooks } from './hooks.js';
+import { train } from './loop.js';
+import { planSteps, type ResolvedTrainOptions, type SftOptions } from './options.js';
+import { type ReferenceLogProbs, referenceLogProbs } from './reference.js';
+import { SftTask } from './sft-task.js';
+import { SpoTask } from './spo-task.js';
+import { type GroupName, parametersOf, type Task, Trainable } from './task.js';
+
+/** What a method trains on. */
+export type SessionData = PreparedData<SftExample> | PreparedData<PreferenceExample>;
+
+export interface Session {
+  readonly plan: StepPlan;
+  readonly groups: readonly GroupName[];
+  readonly trainableParameters: number;
+  steps(): AsyncGenerator<RunStep, void, void>;
+  /** The weights of a group in the master dtype: what is saved. */
+  masters(group: GroupName): ReadonlyMap<string, Tensor>;
+  dispose(): void;
+}
+
+/** Which groups of parameters a method and its options train. */
+export function trainedGroups(options: ResolvedTrainOptions): GroupName[] {
+  const what = options.method === 'spo' ? 'both' : options.train;
+  if (what === 'both') return ['backbone', 'adapters'];
+  return what === 'full' ? ['backbone'] : ['adapters'];
+}
+
+function stepPlan(options: ResolvedTrainOptions, count: number): { plan: StepPlan; warmupSteps: number } {
+  const { batchSize, gradientAccumulationSteps, epochs, maxSteps, shuffle, seed } = options;
+  const plan = planData(count, { batchSize, gradientAccumulationSteps, epochs, maxSteps, shuffle, seed });
+  const { warmupSteps } = planSteps(options as SftOptions, plan.stepsPerEpoch);
+  return { plan, warmupSteps };
+}
+
+function optimizerOptions(options: ResolvedTrainOptions): OptimizerOptions {
+  const decays = options.weightDecayParams === 'all' ? (): boolean => true : undefined;
+  const common = { weightDecay: options.weightDecay, decays };
+  return options.optimizer === 'sgd'
+    ? { kind: 'sgd', momentum: options.momentum, ...common }
+    : { kind: 'adamw', beta1: options.adamBeta1, beta2: options.adamBeta2, epsilon: options.adamEpsilon, ...common };
+}
+
+function learningRates(options: ResolvedTrainOptions): Record<GroupName, number> {
+  if (options.method === 'spo')
+    return { backbone: options.learningRateBackbone, adapters: options.learningRateAdapters };
+  return { backbone: options.learningRate, adapters: options.learningRate };
+}
+
+function makeTask(
+  options: ResolvedTrainOptions,
+  trainable: Trainable,
+  data: SessionData,
+  reference: ReferenceLogProbs | null,
+  masters: () => ReadonlyMap<string, Tensor>,
+): Task {
+  switch (options.method) {
+    case 'sft': {
+      const dropout = trainable.groups.includes('adapters') ? (trainable.model.lora?.config.dropout ?? 0) : 0;
+      const settings = { reduction: options.sftReduction, dropout, seed: options.seed };
+      return new SftTask(trainable, data.examples as readonly SftExample[], settings);
+    }
+    case 'dpo':
+      return new DpoTask(trainable, data.examples as readonly PreferenceExample[], reference, options);
+    case 'spo':
+      return new SpoTask(trainable, data.examples as readonly PreferenceExample[], reference, options, masters);
+  }
+}
+
+/**
+ * Puts a session together; computes reference log-probabilities. The model's parameters are trained in place.
+ *
+ * @throws KeelgradError where there is nothing to train on, or no adapters where adapters are to be trained
+ */
+export async function openSession(
+  model: CausalLM,
+  data: SessionData,
+  options: ResolvedTrainOptions,
+  hooks: Pick<TrainHooks, 'signal' | 'onPhase'> = {},
+): Promise<Session> {
+  if (data.examples.length === 0)
+    throw new KeelgradError(
+      `no record is left to train on (${data.dropped.promptTooLong + data.dropped.noTarget} dropped); raise max length, or check the data`,
+    );
+  const groups = trainedGroups(options);
+  if (groups.includes('adapters') && !model.lora)
+    throw new KeelgradError('the model has no adapters to train; load it with lora, or train the full model');
+  const { plan, warmupSteps } = stepPlan(options, data.examples.length);
+  const reference =
+    options.method === 'sft'
+      ? null
+      : await referenceLogProbs(model, data.examples as readonly PreferenceExample[], {
+          kind: options.reference,
+          visited: plan.visited(),
+          batchSize: options.batchSize,
+          signal: hooks.signal,
+          onProgress: (done, total) => hooks.onPhase?.('reference log-probabilities', done, total),
+        });
+  const trainable = new Trainable(model, groups);
+  const optimizer = new Optimizer(trainable.parameterGroups(), optimizerOptions(options));
+  const task = makeTask(options, trainable, data, reference, () => optimizer.masters('backbone'));
+  const loop = {
+    plan,
+    optimizer,
+    learningRates: learningRates(options),
+    schedule: { name: options.lrSchedule, warmupSteps },
+    maxGradNorm: options.maxGradNorm,
+    signal: hooks.signal,
+  };
+  return {
+    plan,
+    groups,
+    trainableParameters: groups.reduce((n, g) => n + countParameters(parametersOf(model, g)), 0),
+    steps: () => train(task, loop),
+    masters: (group) => optimizer.masters(group),
+    dispose: () => {
+      optimizer.dispose();
+      trainable.dispose();
+    },
+  };
+}

@@ -1,0 +1,75 @@
+// Supervised fine-tuning as a task of the loop.
+import { differentiate } from '../autograd/tape.js';
+import { packSequences, uploadBatch } from '../data/packing.js';
+import type { SftExample } from '../data/tokenize.js';
+import { sequenceLogProbs } from '../objectives/logprobs.js';
+import { type SftReduction, sftLoss } from '../objectives/sft.js';
+import { onesLike } from '../ops/movement.js';
+import { accumulationDType } from '../tensor/dtype.js';
+import { scope } from '../tensor/scope.js';
+import { averageMetrics, readStatistics, sequenceMetrics, total } from './batch-metrics.js';
+import { replaceGroups, type StepInput, type StepMeasurement, type Task, type Trainable, tensorsOf } from './task.js';
+
+export interface SftTaskOptions {
+  reduction: SftReduction;
+  /** Dropout rate of the adapters' input; 0 is off. */
+  dropout: number;
+  seed: number;
+}
+
+export class SftTask implements Task {
+  readonly trainable: Trainable;
+  private readonly examples: readonly SftExample[];
+  private readonly options: SftTaskOptions;
+  private seenTokens = 0;
+
+  constructor(trainable: Trainable, examples: readonly SftExample[], options: SftTaskOptions) {
+    this.trainable = trainable;
+    this.examples = examples;
+    this.options = options;
+  }
+
+  records({ microBatches }: StepInput): number[] {
+    return microBatches.flat().map((i) => this.examples[i].index);
+  }
+
+  accumulate(input: StepInput): StepMeasurement {
+    const { trainable, options } = this;
+    const { model, groups } = trainable;
+    const batches = input.microBatches.map((indices) => packSequences(indices.map((i) => this.examples[i])));
+    const tokens = batches.reduce((n, b) => n + b.targetIds.length, 0);
+    const sequences = batches.reduce((n, b) => n + b.lengths.length, 0);
+    const sinks = groups.flatMap((g) => trainable.gradients.get(g)!.sinks());
+    const parts = batches.map((batch, micro) => {
+      const part = scope(() => {
+        const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
+        // A seed of its own for every micro-batch of every step: masks differ, and a run can be repeated.
+        const dropout = { rate: options.dropout, seed: options.seed + 0x9e37 * (input.step + 1) + 0x51ed * micro };
+        const { result } = differentiate(
+          tensorsOf(model.parameters, groups),
+          (tracked) => {
+            const p = replaceGroups(model.parameters, groups, tracked);
+            const out = model.logProbs(p, tensors.ids, batch.layout, tensors.targets, { dropout, statistics: true });
+            const sums = sequenceLogProbs(out.logProbs, tensors.sequences, batch.lengths.length);
+            const loss = sftLoss(sums, { reduction: options.reduction, tokens, sequences });
+            return { loss, statistics: out.statistics! };
+          },
+          ({ loss }) => [{ tensor: loss, cotangent: onesLike(loss) }],
+          { sinks },
+        );
+        return { loss: result.loss.detach(), statistics: readStatistics(result.statistics) };
+      });
+      batch.layout.dispose();
+      return part;
+    });
+    this.seenTokens += batches.reduce((n, b) => n + b.tokens, 0);
+    const losses = parts.map((p) => p.loss);
+    const seen = this.seenTokens;
+    const metrics = Promise.all([total(losses), Promise.all(parts.map((p) => p.statistics))]).then(([loss, statistics]) => ({
+      loss,
+      ...averageMetrics(statistics.map((s, i) => sequenceMetrics(batches[i], s))),
+      num_tokens: seen,
+    }));
+    return { losses, metrics };
+  }
+}
