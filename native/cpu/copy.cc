@@ -175,25 +175,52 @@ struct Transposition {
   int64_t inStride;       // of i in x
 };
 
-// Rows [rowBegin, rowEnd) of one plane. A tile is read line by line into a buffer, so that equal cache sets of far
-// apart lines are each visited once.
+// A square of 16-byte rows, transposed by interleaving halves: after log2(n) rounds row and column have changed places.
+template <class T>
+KG_INLINE void transposeSquare(const T* from, int64_t fromStride, T* to, int64_t toStride) {
+  constexpr int n = 16 / sizeof(T);
+  typedef T Row __attribute__((vector_size(16)));
+  Row low, high, rows[n], mixed[n];
+  for (int i = 0; i < n; i++) {
+    low[i] = static_cast<T>(i / 2 + (i % 2 ? n : 0));
+    high[i] = static_cast<T>(low[i] + n / 2);
+    memcpy(&rows[i], from + i * fromStride, 16);
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < n; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; i++) {
+      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
+      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) rows[i] = mixed[i];
+  }
+  for (int i = 0; i < n; i++) memcpy(to + i * toStride, &rows[i], 16);
+}
+
+// Rows [rowBegin, rowEnd) of one plane, tile by tile. A tile is first read into a buffer in lines of several cache
+// lines: lines a power of two apart would otherwise throw each other out.
 template <class T>
 void transposePlane(T* __restrict out, const T* __restrict x, const Transposition& t, int64_t rowBegin,
                     int64_t rowEnd) {
-  constexpr int64_t kTile = 64 / sizeof(T);
+  constexpr int64_t kTile = sizeof(T) == 8 ? 32 : 64, n = 16 / sizeof(T);
   alignas(64) T tile[kTile][kTile];
   for (int64_t j = rowBegin; j < rowEnd; j += kTile) {
     const int64_t height = min64(kTile, rowEnd - j);
     for (int64_t i = 0; i < t.columns; i += kTile) {
       const int64_t width = min64(kTile, t.columns - i);
       for (int64_t b = 0; b < width; b++) memcpy(tile[b], x + (i + b) * t.inStride + j, height * sizeof(T));
-      if (width == kTile) {
-        for (int64_t a = 0; a < height; a++)
-          for (int64_t b = 0; b < kTile; b++) out[(j + a) * t.outStride + i + b] = tile[b][a];
-      } else {
-        for (int64_t a = 0; a < height; a++)
-          for (int64_t b = 0; b < width; b++) out[(j + a) * t.outStride + i + b] = tile[b][a];
-      }
+      for (int64_t a = 0; a < height; a += n)
+        for (int64_t b = 0; b < width; b += n) {
+          T* to = out + (j + a) * t.outStride + i + b;
+          if (a + n <= height && b + n <= width) {
+            transposeSquare(&tile[b][a], kTile, to, t.outStride);
+          } else {
+            for (int64_t c = 0; c < n && a + c < height; c++)
+              for (int64_t d = 0; d < n && b + d < width; d++) to[c * t.outStride + d] = tile[b + d][a + c];
+          }
+        }
     }
   }
 }

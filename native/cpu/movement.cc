@@ -1,24 +1,13 @@
 // fill, arange, where, and the kernels that move elements by index. Copies of views are copy.cc's.
 //
 // Indices are checked before anything is written.
-#include "cpu/fused.h"
 #include "cpu/strided.h"
+#include "cpu/tasks.h"
 
 namespace kg::cpu::KG_ISA {
 namespace {
 
 constexpr int64_t kGrain = 32768;
-
-// fn(begin, end) over [0, n), in parallel where n * work is worth it.
-template <class F>
-KG_INLINE void forRange(int64_t n, int64_t work, const F& fn) {
-  const int64_t grain = rowGrain(work);
-  if (n <= grain) {
-    if (n > 0) fn(0, n);
-    return;
-  }
-  parallelFor(n, grain, [&](int64_t begin, int64_t end, int) { fn(begin, end); });
-}
 
 template <class T>
 void fillBlock(void* out, const void* const* in, int64_t n, int) {
@@ -87,7 +76,7 @@ void arangeTyped(const Call& call) {
   T* out = call[0].ptr<T>();
   const double start = call.attr(0), step = call.attr(1);
   const int64_t stride = call[0].ndim > 0 ? call[0].stride(-1) : 1;
-  forRange(call[0].numel(), 1, [=](int64_t begin, int64_t end) {
+  forTasks(call[0].numel(), 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) out[i * stride] = static_cast<T>(start + static_cast<double>(i) * step);
   });
 }
@@ -129,7 +118,7 @@ void scatterAdd(const Call& call, const int32_t* ids) {
   const int64_t n = call[2].numel(), width = rowLength(call[0]);
   O* out = call[0].ptr<O>();
   const S* src = call[1].ptr<S>();
-  forRange((width + kPanel - 1) / kPanel, n * kPanel, [=](int64_t begin, int64_t end) {
+  forTasks((width + kPanel - 1) / kPanel, n * kPanel, [=](int64_t begin, int64_t end) {
     scatterColumns(out, src, ids, n, width, begin * kPanel, min64(end * kPanel, width));
   });
 }
@@ -146,7 +135,7 @@ void scatterAddRounded(const Call& call, const int32_t* ids) {
   }
   bf16* out = call[0].ptr<bf16>();
   const bf16* src = call[1].ptr<bf16>();
-  forRange(n, width, [=](int64_t begin, int64_t end) {
+  forTasks(n, width, [=](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first++) {
       if (head[ids[first]] != first) continue;  // the first occurrence works for all
       bf16* to = out + ids[first] * width;
@@ -231,7 +220,7 @@ void kernel_gatherRows(const Call& call) {
   const int64_t width = rowLength(call[1]), bytes = width * static_cast<int64_t>(dtypeSize(call[1].dtype));
   char* out = call[0].ptr<char>();
   const char* table = call[1].ptr<char>();
-  forRange(call[2].numel(), width, [=](int64_t begin, int64_t end) {
+  forTasks(call[2].numel(), width, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) memcpy(out + i * bytes, table + ids[i] * bytes, bytes);
   });
 }
@@ -269,7 +258,7 @@ void kernel_scatterLast(const Call& call) {
     using T = decltype(t);
     T* out = call[0].ptr<T>();
     const T* g = call[1].ptr<T>();
-    forRange(call[2].numel(), width, [=](int64_t begin, int64_t end) {
+    forTasks(call[2].numel(), width, [=](int64_t begin, int64_t end) {
       memset(static_cast<void*>(out + begin * width), 0, (end - begin) * width * sizeof(T));
       for (int64_t r = begin; r < end; r++) out[r * width + ids[r]] = g[r];
     });
@@ -285,7 +274,7 @@ void kernel_argmax(const Call& call) {
   auto run = [&](auto t) KG_LAMBDA_INLINE {
     using T = decltype(t);
     const T* x = call[1].ptr<T>();
-    forRange(call[1].numel() / width, width, [=](int64_t begin, int64_t end) {
+    forTasks(call[1].numel() / width, width, [=](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) out[r] = argmaxRow(x + r * width, width);
     });
   };

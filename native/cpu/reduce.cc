@@ -2,14 +2,14 @@
 // reduced elements, in logical order, are cut into blocks of kBlock; element i of a block goes to lane i % kLanes;
 // lanes are joined by a tree, blocks in order (sums in float64, compensated). Never sums across blocks in a task.
 #include "cpu/elementwise.h"
+#include "cpu/tasks.h"
 
 namespace kg::cpu::KG_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1024;
 constexpr int kLanes = 32;
-constexpr int64_t kPanel = 128;  // columns that one task reduces side by side
-constexpr int64_t kGrain = 32768;
+constexpr int64_t kPanel = 512;  // the most columns that one task reduces side by side
 
 template <class C, class V>
 KG_INLINE V loadOr(const C* p, int count, C fill) {
@@ -63,7 +63,8 @@ void reduceRow(const void* from, int64_t n, void* result) {
   }
   for (int j = 0; i < n && j < count; j++, i += V::N) {
     const int left = n - i < V::N ? static_cast<int>(n - i) : V::N;
-    lanes[j] = Row::template apply<V>(lanes[j], loadOr<C, V>(x + i, left, identity<Row, T>()));
+    lanes[j] =
+        Row::template apply<V>(lanes[j], left == V::N ? V::load(x + i) : loadOr<C, V>(x + i, left, identity<Row, T>()));
   }
   for (int half = count / 2; half > 0; half /= 2)
     for (int j = 0; j < half; j++) lanes[j] = Row::template apply<V>(lanes[j], lanes[j + half]);
@@ -201,12 +202,12 @@ struct Plan {
   const char* x(int64_t offset) const { return outer.data[1] + offset * outer.elementSize[1]; }
 };
 
-// Tasks are (block, outer element).
+// Tasks are (outer element, block): in the order of memory.
 void reduceRows(const Plan& p, int64_t begin, int64_t end) {
   alignas(64) char buffer[kBlock * 8];
   int64_t offsets[kBlock];
   for (int64_t task = begin; task < end; task++) {
-    const int64_t block = task / p.outer.numel, o = task % p.outer.numel, n = p.blockLength(block);
+    const int64_t block = task % p.blocks, o = task / p.blocks, n = p.blockLength(block);
     const int64_t start = outerOffset(p.outer, 1, o);
     const int size = p.outer.elementSize[1];
     if (p.inner.contiguous()) {
@@ -223,32 +224,38 @@ void reduceRows(const Plan& p, int64_t begin, int64_t end) {
   }
 }
 
-// Tasks are (block, outer row, panel of columns).
-void reduceColumnPanels(const Plan& p, int64_t begin, int64_t end) {
+// Columns are cut into panels of equal width: wide ones read memory in longer pieces, several give every thread work.
+// No result depends on the cut.
+struct Panels {
+  int64_t width, count, rows;
+  explicit Panels(const Plan& p) {
+    const int64_t columns = p.outer.inner();
+    rows = p.outer.numel / columns;
+    const int64_t wanted = 2 * threadCount() / (rows * p.blocks);
+    width = columns / (wanted > 0 ? wanted : 1);
+    width = width < 64 ? 64 : width > kPanel ? kPanel : (width + 15) / 16 * 16;
+    count = (columns + width - 1) / width;
+  }
+};
+
+// Tasks are (outer row, block, panel).
+void reduceColumnPanels(const Plan& p, const Panels& panels, int64_t begin, int64_t end) {
   int64_t offsets[kBlock];
   int64_t offsetsOf = -1;
-  const int64_t width = p.outer.inner(), panels = (width + kPanel - 1) / kPanel, rows = p.outer.numel / width;
+  const int64_t columns = p.outer.inner();
   for (int64_t task = begin; task < end; task++) {
-    const int64_t panel = task % panels, row = task / panels % rows, block = task / panels / rows;
-    const int64_t o = row * width + panel * kPanel, n = p.blockLength(block);
+    const int64_t first = task % panels.count * panels.width, block = task / panels.count % p.blocks;
+    const int64_t o = task / panels.count / p.blocks * columns + first, n = p.blockLength(block);
     if (offsetsOf != block) p.inner.offsets(block * kBlock, n, offsets);
     offsetsOf = block;
-    p.reducer.columns(p.x(outerOffset(p.outer, 1, o)), offsets, n, min64(kPanel, width - panel * kPanel),
+    p.reducer.columns(p.x(outerOffset(p.outer, 1, o)), offsets, n, min64(panels.width, columns - first),
                       p.partial(block, o));
   }
 }
 
-// fn over [0, tasks), in parallel where it pays; `work` elements a task.
-template <class F>
-KG_INLINE void forTasks(int64_t tasks, int64_t work, const F& fn) {
-  const int64_t grain = work >= kGrain ? 1 : kGrain / (work > 0 ? work : 1);
-  if (tasks <= grain) return fn(0, tasks, 0);
-  parallelFor(tasks, grain, fn);
-}
-
 void writeOutputs(const Plan& p) {
   const int64_t run = p.outer.inner();
-  forTasks(p.outer.numel / run, run * p.blocks, [&](int64_t begin, int64_t end, int) {
+  forTasks(p.outer.numel / run, run * p.blocks, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       char* out = p.outer.data[0] + outerOffset(p.outer, 0, row * run) * p.outer.elementSize[0];
       p.reducer.finish(p.partial(0, row * run), p.outer.numel, p.blocks, run, out, p.outer.innerStride(0));
@@ -266,16 +273,16 @@ void reduce(const Call& call, const Reducer& reducer) {
   if (p.outer.numel == 0) return;
   p.blocks = p.inner.numel > kBlock ? (p.inner.numel + kBlock - 1) / kBlock : 1;
   // Few results need no scratch memory; a single element is the common case.
-  alignas(64) char small[kPanel * 8];
+  alignas(64) char small[1024];
   const size_t bytes = static_cast<size_t>(p.blocks * p.outer.numel * reducer.computeSize);
   p.partials = bytes <= sizeof small ? small : static_cast<char*>(scratch(call, bytes));
-  const int64_t length = min64(kBlock, p.inner.numel), width = p.outer.inner();
-  if (p.outer.innerStride(1) == 1 && width > 1 && !p.inner.contiguous()) {
-    const int64_t panels = (width + kPanel - 1) / kPanel;
-    forTasks(p.blocks * panels * (p.outer.numel / width), length * min64(width, kPanel),
-             [&](int64_t begin, int64_t end, int) { reduceColumnPanels(p, begin, end); });
+  const int64_t length = min64(kBlock, p.inner.numel);
+  if (p.outer.innerStride(1) == 1 && p.outer.inner() > 1 && !p.inner.contiguous()) {
+    const Panels panels(p);
+    forTasks(p.blocks * panels.count * panels.rows, length * panels.width,
+             [&](int64_t begin, int64_t end) { reduceColumnPanels(p, panels, begin, end); });
   } else {
-    forTasks(p.blocks * p.outer.numel, length, [&](int64_t begin, int64_t end, int) { reduceRows(p, begin, end); });
+    forTasks(p.blocks * p.outer.numel, length, [&](int64_t begin, int64_t end) { reduceRows(p, begin, end); });
   }
   writeOutputs(p);
 }

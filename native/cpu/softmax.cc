@@ -1,6 +1,6 @@
 // softmax, logSoftmax and logSumExp along contiguous rows, the maximum subtracted. Rows are independent and parallel;
 // a row of -inf alone gives NaN (softmax, logSoftmax) or -inf (logSumExp), as in torch.
-#include "cpu/fused.h"
+#include "cpu/tasks.h"
 
 namespace kg::cpu::KG_ISA {
 namespace {
@@ -93,12 +93,9 @@ void logSoftmaxRow(const T* x, T* y, int64_t n) {
 // row(r) over all rows of `width` elements.
 template <class F>
 KG_INLINE void forRows(int64_t rows, int64_t width, const F& row) {
-  const int64_t grain = rowGrain(width);
-  auto range = [&](int64_t begin, int64_t end, int) {
+  forTasks(rows, width, [&row](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) row(r);
-  };
-  if (rows <= grain) return range(0, rows, 0);
-  parallelFor(rows, grain, range);
+  });
 }
 
 struct Rows {

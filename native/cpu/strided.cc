@@ -195,13 +195,40 @@ void scatterStrided(char* to, int64_t stride, const void* buffer, int64_t n, int
   }
 }
 
-void runBlocks(const Walk& walk, BlockFn block, int64_t grain, int mayBroadcast) {
+namespace {
+
+// Whether an input runs along another axis than the output does, over more than a cache holds.
+bool crossed(const Walk& w) {
+  if (w.ndim < 2 || w.numel < 16384) return false;
+  for (int o = 1; o < w.operands; o++)
+    for (int d = 0; d + 1 < w.ndim; d++)
+      if (w.strides[o][d] == 1 && w.innerStride(o) > 1) return true;
+  return false;
+}
+
+void runFlat(const Walk& walk, BlockFn block, int64_t grain, int mayBroadcast) {
   if (walk.numel <= grain) {
     if (walk.numel > 0) runRange(walk, block, mayBroadcast, 0, walk.numel);
     return;
   }
   parallelFor(walk.numel, grain,
               [&](int64_t begin, int64_t end, int) { runRange(walk, block, mayBroadcast, begin, end); });
+}
+
+}  // namespace
+
+void runBlocks(const Walk& walk, BlockFn block, int64_t grain, int mayBroadcast) {
+  if (!crossed(walk)) return runFlat(walk, block, grain, mayBroadcast);
+  // In strips of columns, so that a cache line of the crossing input serves all its rows before it is lost.
+  constexpr int64_t kStrip = 64;
+  Walk strip = walk;
+  for (int64_t first = 0; first < walk.inner(); first += kStrip) {
+    strip.shape[walk.ndim - 1] = walk.inner() - first < kStrip ? walk.inner() - first : kStrip;
+    strip.numel = walk.numel / walk.inner() * strip.inner();
+    for (int o = 0; o < walk.operands; o++)
+      strip.data[o] = walk.data[o] + first * walk.innerStride(o) * walk.elementSize[o];
+    runFlat(strip, block, grain, mayBroadcast);
+  }
 }
 
 }  // namespace kg::cpu::KG_ISA

@@ -16,19 +16,21 @@ struct PhiloxKey {
   uint32_t low, high;
 };
 
-// out[i] of the four words of block `counter`.
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
+
+KG_PHILOX PhiloxKey philoxNextKey(PhiloxKey key) { return {key.low + 0x9E3779B9u, key.high + 0xBB67AE85u}; }
+
+// The four words of block `counter`.
 KG_PHILOX void philox(PhiloxKey key, uint64_t counter, uint32_t* out) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
-  for (int round = 0; round < 10; round++) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0, p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key.low;
-    const uint32_t n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key.high;
+  for (int round = 0; round < kPhiloxRounds; round++) {
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxFactor0) * c0, p1 = static_cast<uint64_t>(kPhiloxFactor1) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key.low;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key.high;
     c1 = static_cast<uint32_t>(p1);
     c3 = static_cast<uint32_t>(p0);
-    c0 = n0;
-    c2 = n2;
-    key.low += 0x9E3779B9u;
-    key.high += 0xBB67AE85u;
+    key = philoxNextKey(key);
   }
   out[0] = c0;
   out[1] = c1;
