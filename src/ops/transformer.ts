@@ -106,7 +106,9 @@ export function rotaryEmbedding(x: Tensor, positions: Tensor, table: Tensor, inv
       `[rotaryEmbedding] expected x [T, heads, D] with D even, int32 positions [T], table [P, D] in ${accumulationDType(x.dtype)}, found ${x.describe()}, ${positions.describe()}, ${table.describe()}`,
     );
   if (trackedMask([table]) !== 0)
-    throw new Error('[rotaryEmbedding] has no derivative for its table; detach() it, or differentiate rotaryDefinition');
+    throw new Error(
+      '[rotaryEmbedding] has no derivative for its table; detach() it, or differentiate rotaryDefinition',
+    );
   const out = emptyLike(x);
   const input = x.strides[2] === 1 ? x.detach() : bare(x);
   const [rows, angles] = [bare(positions), bare(table)];

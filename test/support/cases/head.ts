@@ -1,0 +1,74 @@
+// Cases of the vocabulary head: several targets a row, rows without one, statistics, vocabularies beyond a block.
+import { headDefinition, vocabHead } from '../../../src/ops/head.js';
+import { host } from '../host.js';
+import { type InputSpec, ids, input, integers, type OpCase, opCase } from '../op-case.js';
+import * as reference from '../reference.js';
+
+type More = Partial<OpCase> & { note?: string };
+
+const accumulation = (dtype: string): 'float64' | 'float32' => (dtype === 'float64' ? 'float64' : 'float32');
+
+function headCase(hidden: InputSpec, weight: InputSpec, rows: InputSpec, targets: InputSpec, more: More = {}): OpCase {
+  return opCase({
+    op: 'vocabHead',
+    opClass: 'head',
+    inputs: [hidden, weight, rows, targets],
+    run: (_, h, w, r, t) => vocabHead(h, w, r, t).logProbs,
+    reference: (at, h, w, r, t) => {
+      const { shape, values } = reference.vocabHead(h, w, r, t).logProbs;
+      return host(shape, values, accumulation(at.dtype));
+    },
+    definition: (_, h, w, r, t) => headDefinition(h, w, r, t),
+    ...more,
+  });
+}
+
+const statistics = (hidden: InputSpec, weight: InputSpec, more: More = {}): OpCase =>
+  headCase(hidden, weight, integers([2], [0, 1]), integers([2], [1, 2]), {
+    run: (_, h, w, r, t) => {
+      const { logProbs, statistics: s } = vocabHead(h, w, r, t, { statistics: true });
+      return [logProbs, s!.entropy, s!.argmax, s!.meanLogit, s!.logSumSquares];
+    },
+    reference: (at, h, w, r, t) => {
+      const answer = reference.vocabHead(h, w, r, t);
+      return [answer.logProbs, ...answer.statistics].map((x) => host(x.shape, x.values, accumulation(at.dtype)));
+    },
+    definition: undefined,
+    differentiable: false,
+    note: 'statistics',
+    ...more,
+  });
+
+const several = integers([5], [0, 0, 2, 3, 2]);
+
+const bench = (rows: number, width: number, vocabulary: number): OpCase =>
+  headCase(
+    input([rows, width], -0.3, 0.3),
+    input([vocabulary, width], -0.3, 0.3),
+    integers(
+      [rows],
+      Array.from({ length: rows }, (_, i) => i),
+    ),
+    ids(rows, vocabulary),
+    { size: 'bench', cost: { flops: 2 * rows * width * vocabulary } },
+  );
+
+export const headCases = (): OpCase[] => [
+  headCase(input([4, 3]), input([5, 3]), several, integers([5], [1, 4, 0, 0, 1])),
+  headCase(input([2, 3]), input([1, 3]), integers([2], [1, 0]), integers([2], [0, 0]), { note: 'one word' }),
+  headCase(input([3, 4], -1, 1, 'transposed'), input([4, 4], -1, 1, 'transposed'), integers([1], [1]), ids(1, 4)),
+  headCase(input([33, 40]), input([1500, 40]), ids(50, 33), ids(50, 1500), { size: 'large' }),
+  headCase(input([70, 96], -1, 1, 'sliced'), input([5003, 96], -1, 1, 'sliced'), ids(64, 70), ids(64, 5003), {
+    size: 'large',
+  }),
+  headCase(input([3, 200], -2, 2), input([2050, 200]), ids(3, 3), ids(3, 2050), { size: 'large', note: 'peaked' }),
+  headCase(input([4, 8]), input([9, 8]), ids(0, 4), ids(0, 9), {
+    size: 'large',
+    differentiable: false,
+    note: 'no target',
+  }),
+  statistics(input([4, 3]), input([7, 3])),
+  statistics(input([19, 64], -1, 1, 'transposed'), input([4099, 64])),
+  bench(512, 576, 49152),
+  bench(128, 896, 151936),
+];
