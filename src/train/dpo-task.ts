@@ -35,9 +35,7 @@ export class DpoTask implements Task {
   }
 
   accumulate({ microBatches }: StepInput): StepMeasurement {
-    const parts = microBatches.map((indices) =>
-      scope(() => this.microBatch(indices, 1 / microBatches.length)),
-    );
+    const parts = microBatches.map((indices) => scope(() => this.microBatch(indices, 1 / microBatches.length)));
     const losses = parts.map((p) => p.loss);
     const seen = this.seenTokens;
     const metrics = Promise.all([total(losses), Promise.all(parts.map((p) => p.metrics))]).then(([loss, measured]) => ({

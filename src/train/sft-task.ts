@@ -65,11 +65,13 @@ export class SftTask implements Task {
     this.seenTokens += batches.reduce((n, b) => n + b.tokens, 0);
     const losses = parts.map((p) => p.loss);
     const seen = this.seenTokens;
-    const metrics = Promise.all([total(losses), Promise.all(parts.map((p) => p.statistics))]).then(([loss, statistics]) => ({
-      loss,
-      ...averageMetrics(statistics.map((s, i) => sequenceMetrics(batches[i], s))),
-      num_tokens: seen,
-    }));
+    const metrics = Promise.all([total(losses), Promise.all(parts.map((p) => p.statistics))]).then(
+      ([loss, statistics]) => ({
+        loss,
+        ...averageMetrics(statistics.map((s, i) => sequenceMetrics(batches[i], s))),
+        num_tokens: seen,
+      }),
+    );
     return { losses, metrics };
   }
 }

@@ -86,7 +86,12 @@ export class SpoTask implements Task {
     const sft = parts.map((p) => p.sft);
     const regularizer = gamma > 0 ? await this.regularizer(microBatches.flat()) : null;
     const seen = this.seenTokens;
-    const reads = Promise.all([total(dpo), total(sft), total(optimum ?? sft), Promise.all(parts.map((p) => p.metrics))]);
+    const reads = Promise.all([
+      total(dpo),
+      total(sft),
+      total(optimum ?? sft),
+      Promise.all(parts.map((p) => p.metrics)),
+    ]);
     const metrics = reads.then(([dpoValue, sftValue, sftStar, measured]): Metrics => {
       const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer?.value ?? 0 };
       return {

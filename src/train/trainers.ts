@@ -1,0 +1,102 @@
+// The trainers as library calls: `for await (const step of spo(model, pairs, { ... }))`.
+import { preparePreferenceData, prepareSftData } from '../data/tokenize.js';
+import { KeelgradError } from '../errors.js';
+import type { Tokenizer } from '../io/tokenizer.js';
+import type { CausalLM } from '../models/causal-lm.js';
+import type { RunStep, TrainHooks } from './hooks.js';
+import {
+  type GivenOptions,
+  libraryNaming,
+  type ResolvedTrainOptions,
+  resolveOptions,
+  type TrainMethod,
+} from './options.js';
+import { openSession, type SessionData } from './session.js';
+
+type FileOptions =
+  | 'model'
+  | 'data'
+  | 'output'
+  | 'overwrite'
+  | 'config'
+  | 'adapter'
+  | 'saveDtype'
+  | 'device'
+  | 'dtype'
+  | 'threads';
+type LoraOptions = 'loraR' | 'loraAlpha' | 'loraDropout' | 'loraTargets' | 'rslora';
+
+/** Options of a trainer: those of the command, in camelCase, less what belongs to files and to the loaded model. */
+export type TrainerOptions<M extends TrainMethod> = Omit<GivenOptions<M>, FileOptions | LoraOptions> & {
+  /** For records that are not token ids already. */
+  tokenizer?: Tokenizer;
+  hooks?: Pick<TrainHooks, 'signal' | 'onPhase' | 'onMessage'>;
+} & (M extends 'spo' ? { lower?: { steps?: number; lr?: number } } : unknown);
+
+/** A data file (JSON lines or an array), or records in the same form. */
+export type TrainerData = string | readonly object[];
+
+function resolve<M extends TrainMethod>(method: M, model: CausalLM, options: TrainerOptions<M>): ResolvedTrainOptions {
+  const { tokenizer: _, hooks: __, lower, ...given } = options as TrainerOptions<'spo'>;
+  const flat = {
+    ...given,
+    ...(lower?.steps !== undefined && { lowerSteps: lower.steps }),
+    ...(lower?.lr !== undefined && { lowerLearningRate: lower.lr }),
+    ...(method !== 'spo' && !model.lora && { train: (given as { train?: string }).train ?? 'full' }),
+  };
+  return resolveOptions(method, flat as GivenOptions<M>, {
+    naming: libraryNaming,
+    requirePaths: false,
+  }) as ResolvedTrainOptions;
+}
+
+async function* run<M extends TrainMethod>(
+  method: M,
+  model: CausalLM,
+  data: TrainerData,
+  options: TrainerOptions<M>,
+): AsyncGenerator<RunStep, void, void> {
+  const resolved = resolve(method, model, options);
+  const prepare = method === 'sft' ? prepareSftData : preparePreferenceData;
+  const prepared: SessionData = await prepare(data, {
+    tokenizer: async () => {
+      if (options.tokenizer) return options.tokenizer;
+      throw new KeelgradError(
+        `[${method}] expected a tokenizer for text records; pass { tokenizer: await loadTokenizer(folder) }`,
+      );
+    },
+    maxLength: resolved.maxLength,
+    vocabSize: model.config.vocabSize,
+  });
+  for (const warning of prepared.warnings) options.hooks?.onMessage?.(warning);
+  const session = await openSession(model, prepared, resolved, options.hooks);
+  try {
+    yield* session.steps();
+  } finally {
+    session.dispose();
+  }
+}
+
+/**
+ * Supervised fine-tuning of a loaded model, in place: its adapters, or all of it when it has none. Yields every optimizer
+ * step's metrics. The step after the one that is yielded may have been taken already.
+ */
+export const sft = (
+  model: CausalLM,
+  data: TrainerData,
+  options: TrainerOptions<'sft'> = {},
+): AsyncGenerator<RunStep, void, void> => run('sft', model, data, options);
+
+/** Direct Preference Optimization (Rafailov et al. 2023) and its kin: see `sft` and `preferenceLosses`. */
+export const dpo = (
+  model: CausalLM,
+  data: TrainerData,
+  options: TrainerOptions<'dpo'> = {},
+): AsyncGenerator<RunStep, void, void> => run('dpo', model, data, options);
+
+/** Stable Preference Optimization (arXiv 2507.07723, Algorithm 1): trains the backbone and the adapters. See `sft`. */
+export const spo = (
+  model: CausalLM,
+  data: TrainerData,
+  options: TrainerOptions<'spo'> = {},
+): AsyncGenerator<RunStep, void, void> => run('spo', model, data, options);
