@@ -1,6 +1,7 @@
 // Hugging Face model folders and PEFT adapter folders to models and back.
-import { copyFile, mkdir, readdir } from 'node:fs/promises';
-import { join } from 'node:path';
+// Nothing is allocated before names, shapes and dtypes have been checked, and nothing stays allocated after an error.
+import { mkdir, readdir, readFile } from 'node:fs/promises';
+import { join, resolve } from 'node:path';
 import { didYouMean, KeelgradError } from '../errors.js';
 import { CausalLM } from '../models/causal-lm.js';
 import { type ModelFileDtype, readModelConfig, serializeModelConfig } from '../models/config.js';
@@ -13,7 +14,7 @@ import { writeFileAtomic } from './atomic.js';
 import { type AdapterConfig, adapterKey, openAdapter, resolveTargetModules, writeAdapter } from './peft.js';
 import { type Checkpoint, openCheckpoint, type TensorLocation } from './safetensors.js';
 import { writeCheckpoint } from './safetensors-write.js';
-import { tensorSource, WeightReader } from './weights.js';
+import { checkReadable, tensorSource, WeightReader } from './weights.js';
 
 export interface LoadOptions {
   /** Dtype of the backbone in memory and of its arithmetic; float32 by default. */
@@ -78,13 +79,38 @@ export async function loadModel(folder: string, options: LoadOptions = {}): Prom
   const checkpoint = await openCheckpoint(folder);
   const shapes = parameterShapes(config);
   checkNames(folder, checkpoint, shapes, config.tieWordEmbeddings);
-  const backbone: ParameterMap = new Map();
+  const model = new CausalLM(
+    config,
+    await readAll([...shapes.keys()], (name) => checkpoint.tensors.get(name)!, dtype, device),
+  );
+  try {
+    if (options.lora) addLora(model, { baseModel: folder, ...options.lora });
+    if (options.adapter) await loadAdapter(model, options.adapter);
+    return model;
+  } catch (error) {
+    model.dispose();
+    throw error;
+  }
+}
+
+/** Copies tensors into a map, all or none. */
+async function readAll(
+  names: readonly string[],
+  locate: (name: string) => TensorLocation,
+  dtype: DType,
+  device: Device,
+): Promise<ParameterMap> {
+  checkReadable(names.map(locate));
+  const map: ParameterMap = new Map();
   using reader = new WeightReader();
-  for (const name of shapes.keys()) backbone.set(name, reader.read(checkpoint.tensors.get(name)!, dtype, device));
-  const model = new CausalLM(config, backbone);
-  if (options.lora) addLora(model, { baseModel: folder, ...options.lora });
-  if (options.adapter) await loadAdapter(model, options.adapter);
-  return model;
+  try {
+    for (const name of names) map.set(name, reader.read(locate(name), dtype, device));
+    await reader.settled();
+    return map;
+  } catch (error) {
+    for (const t of map.values()) t.dispose();
+    throw error;
+  }
 }
 
 /** Puts new adapters on a model. */
@@ -98,11 +124,21 @@ export function addLora(model: CausalLM, options: LoraOptions = {}): void {
     targets = 'all-linear',
     baseModel = null,
   } = options;
+  checkLora(r, alpha, dropout);
   const linears = [...linearModules(model.config).keys()];
   const modules = resolveTargetModules(targets, linears, { source: 'lora targets' });
   const names =
     targets === 'all-linear' ? [...new Set(linears.map((path) => path.slice(path.lastIndexOf('.') + 1)))] : targets;
   model.attachLora({ config: { r, alpha, dropout, rslora, targetModules: names, baseModel }, modules }, { seed });
+}
+
+function checkLora(r: number, alpha: number, dropout: number): void {
+  const fail = (name: string, expected: string, found: number): never => {
+    throw new KeelgradError(`lora ${name}: expected ${expected}, found ${found}`);
+  };
+  if (!Number.isSafeInteger(r) || r < 1) fail('r', 'a positive integer', r);
+  if (!(alpha > 0 && Number.isFinite(alpha))) fail('alpha', 'a positive number', alpha);
+  if (!(dropout >= 0 && dropout < 1)) fail('dropout', 'a number from 0 to below 1', dropout);
 }
 
 /** Loads a PEFT adapter folder onto a model. */
@@ -119,15 +155,13 @@ export async function loadAdapter(model: CausalLM, folder: string): Promise<void
     throw new KeelgradError(
       `${folder}: tensor "${adapterKey(absent, 'A')}" is missing; target_modules names its module`,
     );
-  const adapters: ParameterMap = new Map();
-  using reader = new WeightReader();
   const order = [...shapes.keys()].filter((module) => modules.has(module));
+  const locations = new Map<string, TensorLocation>();
   for (const module of order)
-    for (const matrix of ['A', 'B'] as const)
-      adapters.set(
-        adapterKey(module, matrix),
-        reader.read(modules.get(module)![matrix], accumulationDType(model.dtype), model.device),
-      );
+    for (const matrix of ['A', 'B'] as const) locations.set(adapterKey(module, matrix), modules.get(module)![matrix]);
+  model.requireNoLora();
+  const dtype = accumulationDType(model.dtype);
+  const adapters = await readAll([...locations.keys()], (key) => locations.get(key)!, dtype, model.device);
   model.attachLora({ config, modules: order }, { adapters });
 }
 
@@ -162,9 +196,13 @@ export async function saveModel(
   const sources = [...backbone].map(([name, t]) => tensorSource(name, t, dtype));
   await writeCheckpoint(folder, sources, { maxShardBytes: options.maxShardBytes });
   await writeFileAtomic(join(folder, 'config.json'), serializeModelConfig(model.config, dtype as ModelFileDtype));
-  if (!options.from) return;
-  for (const name of await readdir(options.from))
-    if (companions.test(name)) await copyFile(join(options.from, name), join(folder, name));
+  if (options.from && resolve(options.from) !== resolve(folder)) await copyCompanions(options.from, folder);
+}
+
+/** Contents only: a folder of read-only files must not make a copy that a second save cannot replace. */
+async function copyCompanions(from: string, folder: string): Promise<void> {
+  for (const name of await readdir(from))
+    if (companions.test(name)) await writeFileAtomic(join(folder, name), await readFile(join(from, name)));
 }
 
 /** Writes a PEFT adapter folder: adapter_model.safetensors and adapter_config.json. */

@@ -23,24 +23,32 @@ const fileDtypes: Partial<Record<DType, SafetensorsDtype>> = {
   float16: 'F16',
 };
 
+const unreadable = (location: TensorLocation): KeelgradError =>
+  new KeelgradError(
+    `${location.file}: tensor "${location.name}": expected F32, F64, BF16 or F16 weights, found ${location.dtype}; convert the model first`,
+  );
+
+/** Refuses tensors of integers and the like: before anything is read. */
+export function checkReadable(locations: Iterable<TensorLocation>): void {
+  for (const location of locations) if (!readable[location.dtype]) throw unreadable(location);
+}
+
 /** Reads tensors out of mapped files. Files stay mapped until `dispose`; what was read is a copy. */
 export class WeightReader {
   private readonly files = new Map<string, Storage>();
+  private latest: Tensor | null = null;
 
   /** The tensor at a location, converted to `dtype`, owned by the caller. */
   read(location: TensorLocation, dtype: DType, device: Device): Tensor {
     const stored = readable[location.dtype];
-    if (!stored)
-      throw new KeelgradError(
-        `${location.file}: tensor "${location.name}": expected F32, F64, BF16 or F16 weights, found ${location.dtype}; convert the model first`,
-      );
+    if (!stored) throw unreadable(location);
     let file = this.files.get(location.file);
     if (!file) {
       file = Storage.map(location.file, statSync(location.file).size);
       this.files.set(location.file, file);
     }
     const storage = file;
-    return detachFromScope(
+    const tensor = detachFromScope(
       scope(() => {
         const view = new Tensor({
           storage: storage.retain(),
@@ -52,6 +60,15 @@ export class WeightReader {
         return device === 'cpu' ? copy : withTag('weights', () => copy.to({ device }));
       }),
     );
+    this.latest = tensor;
+    return tensor;
+  }
+
+  /** Resolves when everything that was asked for has been copied; until then `dispose` would block. */
+  async settled(): Promise<void> {
+    if (!this.latest) return;
+    using element = this.latest.view([Math.min(1, this.latest.size)], [1]);
+    await element.bytes();
   }
 
   dispose(): void {

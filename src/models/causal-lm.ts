@@ -74,11 +74,16 @@ export class CausalLM {
 
   /** Puts adapters on: freshly initialized ones unless `adapters` are given. They are float32 beside a bfloat16 backbone. */
   attachLora(lora: LoraSpec, options: { seed?: number; adapters?: ParameterMap } = {}): void {
-    if (this.lora) throw new KeelgradError('the model has adapters already; merge them first');
+    this.requireNoLora();
     const { seed = 42, adapters } = options;
     const settings = { seed, dtype: accumulationDType(this.dtype), device: this.device };
     this.adapters = adapters ?? initializeAdapters(lora, linearModules(this.config), settings);
     this.lora = lora;
+  }
+
+  /** @throws KeelgradError where adapters are on already: a second set would replace the first unseen */
+  requireNoLora(): void {
+    if (this.lora) throw new KeelgradError('the model has adapters already; save or merge them, and load it again');
   }
 
   /** Hidden states after the final norm: `[T, hidden]` for int32 `ids [T]` laid out by `layout`. */

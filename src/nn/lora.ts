@@ -2,11 +2,11 @@
 
 import { type AdapterConfig, adapterKey, loraScale } from '../io/peft.js';
 import type { ParameterMap } from '../models/parameters.js';
-import { add, addInPlace, mul, scaleInPlace } from '../ops/elementwise.js';
-import { cast, zeros } from '../ops/movement.js';
+import { add, mul, scaleInPlace } from '../ops/elementwise.js';
+import { cast, copyInto, zeros } from '../ops/movement.js';
 import { matmul } from '../ops/product.js';
 import { randomUniform } from '../ops/random.js';
-import type { DType } from '../tensor/dtype.js';
+import { accumulationDType, type DType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import { type Device, withTag } from '../tensor/storage.js';
 
@@ -21,7 +21,7 @@ export const scaleOf = (spec: LoraSpec): number => loraScale(spec.config);
 
 /**
  * Fresh adapters: A uniform as PEFT's Kaiming initialization with a = √5, that is in ±1/√in; B zero, so that the adapted
- * model equals the base. A pure function of the seed.
+ * model equals the base. A pure function of the seed, the same in every dtype up to rounding.
  *
  * @param shapes `[out, in]` by module path
  */
@@ -37,7 +37,7 @@ export function initializeAdapters(
     for (const module of spec.modules) {
       const [out, width] = shapes.get(module)!;
       const a = scope(() => {
-        const unit = randomUniform([r, width], { ...options, offset });
+        const unit = cast(randomUniform([r, width], { ...options, dtype: 'float32', offset }), options.dtype);
         const bound = 1 / Math.sqrt(width);
         return add(mul(unit, 2 * bound), -bound);
       });
@@ -49,14 +49,18 @@ export function initializeAdapters(
   return adapters;
 }
 
-/** Adds (sign 1) or takes back (sign -1) scale · B A to the weights of a backbone, in place. */
+/**
+ * Adds (sign 1) or takes back (sign -1) scale · B A to the weights of a backbone, in place. The product and the sum are
+ * in float32 or wider: a bfloat16 weight is rounded once.
+ */
 export function mergeAdapters(backbone: ParameterMap, adapters: ParameterMap, spec: LoraSpec, sign: 1 | -1 = 1): void {
   for (const module of spec.modules)
     scope(() => {
       const weight = backbone.get(`${module}.weight`)!;
-      const [a, b] = (['A', 'B'] as const).map((m) => cast(adapters.get(adapterKey(module, m))!, weight.dtype));
+      const dtype = accumulationDType(weight.dtype);
+      const [a, b] = (['A', 'B'] as const).map((m) => cast(adapters.get(adapterKey(module, m))!, dtype));
       const delta = matmul(b, a);
       scaleInPlace(delta, sign * scaleOf(spec));
-      addInPlace(weight, delta);
+      copyInto(weight, add(cast(weight, dtype), delta));
     });
 }
