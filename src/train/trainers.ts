@@ -1,17 +1,11 @@
-// The trainers as library calls: `for await (const step of spo(model, pairs, { ... }))`.
-import { preparePreferenceData, prepareSftData } from '../data/tokenize.js';
+// The trainers as library calls: `for await (const step of spo(model, pairs, { ... }))`. What they are made of is loaded with
+// the first call, so that importing keelgrad for its tensors stays cheap.
 import { KeelgradError } from '../errors.js';
 import type { Tokenizer } from '../io/tokenizer.js';
 import type { CausalLM } from '../models/causal-lm.js';
 import type { RunStep, TrainHooks } from './hooks.js';
-import {
-  type GivenOptions,
-  libraryNaming,
-  type ResolvedTrainOptions,
-  resolveOptions,
-  type TrainMethod,
-} from './options.js';
-import { openSession, type SessionData } from './session.js';
+import type { GivenOptions, ResolvedTrainOptions, TrainMethod } from './options.js';
+import type { SessionData } from './session.js';
 
 type FileOptions =
   | 'model'
@@ -36,7 +30,12 @@ export type TrainerOptions<M extends TrainMethod> = Omit<GivenOptions<M>, FileOp
 /** A data file (JSON lines or an array), or records in the same form. */
 export type TrainerData = string | readonly object[];
 
-function resolve<M extends TrainMethod>(method: M, model: CausalLM, options: TrainerOptions<M>): ResolvedTrainOptions {
+async function resolve<M extends TrainMethod>(
+  method: M,
+  model: CausalLM,
+  options: TrainerOptions<M>,
+): Promise<ResolvedTrainOptions> {
+  const { libraryNaming, resolveOptions } = await import('./options.js');
   const { tokenizer: _, hooks: __, lower, ...given } = options as TrainerOptions<'spo'>;
   const flat = {
     ...given,
@@ -56,7 +55,9 @@ async function* run<M extends TrainMethod>(
   data: TrainerData,
   options: TrainerOptions<M>,
 ): AsyncGenerator<RunStep, void, void> {
-  const resolved = resolve(method, model, options);
+  const { preparePreferenceData, prepareSftData } = await import('../data/tokenize.js');
+  const { openSession } = await import('./session.js');
+  const resolved = await resolve(method, model, options);
   const prepare = method === 'sft' ? prepareSftData : preparePreferenceData;
   const prepared: SessionData = await prepare(data, {
     tokenizer: async () => {
