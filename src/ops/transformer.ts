@@ -228,7 +228,7 @@ export function loraLinearDefinition(
 /**
  * A linear layer with a low-rank adapter (Hu et al. 2021): x weightᵀ + bias + scale · (x aᵀ) bᵀ, for x `[R, in]`, weight
  * `[out, in]`, a `[r, in]`, b `[out, r]`. The thin products accumulate into the base product; a and b may be float32 beside a
- * bfloat16 weight and are rounded for the product.
+ * bfloat16 weight: they are rounded for the product, their gradients are not.
  */
 export function loraLinear(
   x: Tensor,
@@ -238,26 +238,40 @@ export function loraLinear(
   b: Tensor,
   scale: number,
 ): Tensor {
-  const [loraA, loraB] = [cast(a, x.dtype), cast(b, x.dtype)];
-  requireLinear('loraLinear', x, weight);
-  requireLinear('loraLinear', x, loraA);
-  const inputs = bias ? [x, weight, loraA, loraB, bias] : [x, weight, loraA, loraB];
+  requireLinear('loraLinear', x, weight, bias);
+  if (
+    x.ndim !== 2 ||
+    a.ndim !== 2 ||
+    a.shape[1] !== x.shape[1] ||
+    b.ndim !== 2 ||
+    b.shape[0] !== weight.shape[0] ||
+    b.shape[1] !== a.shape[0]
+  )
+    throw new RangeError(
+      `[loraLinear] expected x [R, in], weight [out, in], a [r, in], b [out, r], found ${[x, weight, a, b].map(String).join(', ')}`,
+    );
+  const rounded = (...ts: Tensor[]): Tensor[] => ts.map((t) => cast(t.detach(), x.dtype));
+  const inputs = bias ? [x, weight, a, b, bias] : [x, weight, a, b];
   return fused({
     name: 'loraLinear',
     inputs,
     forward: () => {
       const output = emptyLike(x, [x.shape[0], weight.shape[0]]);
       const low = emptyLike(x, [x.shape[0], a.shape[0]]);
-      const views = [weight, loraA, loraB].map((w) => w.view([w.shape[1], w.shape[0]], [w.strides[1], w.strides[0]]));
+      const views = [weight, ...rounded(a, b)].map((w) =>
+        w.view([w.shape[1], w.shape[0]], [w.strides[1], w.strides[0]]),
+      );
       matmulInto(output, x, views[0], { bias });
       matmulInto(low, x, views[1]);
       matmulInto(output, low, views[2], { alpha: scale, accumulate: true });
       for (const v of views) v.dispose();
       return { output, saved: [low] };
     },
-    definition: (xs, w, la, lb, c) => loraLinearDefinition(xs, w, la, lb, scale, c ?? null),
+    definition: (xs, w, la, lb, c) =>
+      loraLinearDefinition(xs, w, cast(la, xs.dtype), cast(lb, xs.dtype), scale, c ?? null),
     backward: ({ g, saved, needs }): Cotangent[] => {
-      const [xs, w, la, lb] = saved;
+      const [xs, w] = saved;
+      const [la, lb] = rounded(saved[2], saved[3]);
       const low = saved[saved.length - 1];
       const dlow = emptyLike(xs, [xs.shape[0], la.shape[0]]);
       matmulInto(dlow, g, lb, { alpha: scale });
