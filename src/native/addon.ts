@@ -3,6 +3,7 @@
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { KeelgradError } from '../errors.js';
 
 /** One row of the kernel contract (native/ops): names of tensors and attributes, separated by spaces. */
 export interface KernelSignature {
@@ -54,7 +55,7 @@ export function addon(): Addon {
     location = override ?? load.path(packageRoot);
     loaded = require(location) as Addon;
   } catch (cause) {
-    throw new Error(
+    throw new KeelgradError(
       `keelgrad's native addon could not be loaded on ${process.platform}-${process.arch}: ${(cause as Error).message}\n` +
         'Expected a prebuilt binary in prebuilds/ or one built here in build/Release. Build it (needs a C++17 compiler and ' +
         'cmake): npm run build:native',
