@@ -10,7 +10,7 @@ const script = join(import.meta.dirname, '..', 'fixtures', 'reference.py');
 /** `describe` that needs the peers' Python; skipped with a printed reason where there is none. */
 export function describeWithPeers(name: string, body: () => void): void {
   if (python && existsSync(python)) {
-    describe(name, { timeout: 120_000 }, body);
+    describe(name, { timeout: 300_000 }, body);
     return;
   }
   const how = 'set KEELGRAD_PEER_PYTHON to a Python with torch, transformers and peft';
