@@ -272,6 +272,10 @@ export class LookupContribution {
 /** `[V, D]`, zero except for the sums of rows of `src [N, D]` at their `ids [N]`: the adjoint of gatherRows. */
 export function scatterRows(src: Tensor, ids: Tensor, rows: number): Tensor {
   requireIds('scatterRows', ids, 1);
+  if (src.ndim !== 2 || src.shape[0] !== ids.size)
+    throw new RangeError(
+      `[scatterRows] expected src [N, D] and ids [N], found ${src.describe()} and ${ids.describe()}`,
+    );
   const out = fill(emptyLike(src, [rows, src.shape[1]]), 0);
   const compact = contiguous(src);
   if (src.size > 0) launch('scatterAddRows', [out, compact, ids]);
@@ -295,6 +299,8 @@ export function gatherLast(x: Tensor, ids: Tensor): Tensor {
 /** `[R, V]`, zero except out[r, ids[r]] = g[r]: the adjoint of gatherLast. */
 export function scatterLast(g: Tensor, ids: Tensor, width: number): Tensor {
   requireIds('scatterLast', ids, 1);
+  if (g.ndim !== 1 || g.size !== ids.size)
+    throw new RangeError(`[scatterLast] expected g [R] and ids [R], found ${g.describe()} and ${ids.describe()}`);
   const compact = contiguous(g);
   const out = emptyLike(g, [ids.size, width]);
   if (out.size > 0) launch('scatterLast', [out, compact, ids]);
@@ -304,6 +310,7 @@ export function scatterLast(g: Tensor, ids: Tensor, width: number): Tensor {
 
 /** int32 index of the first largest element along the last axis. Not differentiable. */
 export function argmax(x: Tensor): Tensor {
+  if (x.ndim === 0) throw new RangeError(`[argmax] expected at least one axis, found ${x.describe()}`);
   const compact = contiguous(x.detach());
   const out = emptyLike(x, x.shape.slice(0, -1), 'int32');
   if (out.size > 0) launch('argmax', [out, compact]);

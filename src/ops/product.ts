@@ -88,7 +88,8 @@ export class LinearContribution implements Contribution {
 /** x seen as rows `[R, last]`. */
 export const asRows = (x: Tensor): Tensor => reshape(x, [-1, x.shape[x.ndim - 1]]);
 
-export function requireLinear(op: string, x: Tensor, weight: Tensor): void {
+/** Throws unless x weightᵀ + bias is defined. */
+export function requireLinear(op: string, x: Tensor, weight: Tensor, bias: Tensor | null = null): void {
   if (weight.ndim !== 2 || x.ndim < 1 || x.shape[x.ndim - 1] !== weight.shape[1])
     throw new RangeError(
       `[${op}] expected x [..., in] and weight [out, in], found ${x.describe()} and ${weight.describe()}`,
@@ -97,11 +98,15 @@ export function requireLinear(op: string, x: Tensor, weight: Tensor): void {
     throw new TypeError(
       `[${op}] expected x and weight of one dtype, found ${x.describe()} and ${weight.describe()}; cast one`,
     );
+  if (bias && (bias.ndim !== 1 || bias.shape[0] !== weight.shape[0] || bias.dtype !== weight.dtype))
+    throw new RangeError(
+      `[${op}] expected a bias [out] like weight ${weight.describe()}, found ${bias.describe()}; reshape or cast it`,
+    );
 }
 
 /** y = x weightᵀ + bias: `[..., out]` from `x [..., in]`, `weight [out, in]`, `bias [out]`. */
 export function linear(x: Tensor, weight: Tensor, bias: Tensor | null = null): Tensor {
-  requireLinear('linear', x, weight);
+  requireLinear('linear', x, weight, bias);
   const rows = asRows(x);
   const out = emptyLike(x, [rows.shape[0], weight.shape[0]]);
   const wt = weight.view([weight.shape[1], weight.shape[0]], [weight.strides[1], weight.strides[0]]);

@@ -2,6 +2,7 @@
 // another device's runner can use them as they are.
 import { gradcheck, gradgradcheck } from '../../src/autograd/gradcheck.js';
 import { vjp } from '../../src/autograd/transforms.js';
+import { contiguous } from '../../src/ops/movement.js';
 import { isFloating } from '../../src/tensor/dtype.js';
 import { scope } from '../../src/tensor/scope.js';
 import type { Device } from '../../src/tensor/storage.js';
@@ -165,11 +166,12 @@ export function checkGradients(c: OpCase, at: Place): void {
 /** Raw bytes of results and gradients: for comparisons bit by bit. */
 export async function bytesOf(c: OpCase, at: Place): Promise<Uint8Array[]> {
   const hosts = hostInputs(c, at.dtype);
-  const { results, gradients } = scope(() => evaluate(c, at, hosts));
-  const tensors = [...results, ...gradients];
-  const compact = tensors.map((t) => t.detach().asContiguous());
+  const compact = scope(() => {
+    const { results, gradients } = evaluate(c, at, hosts);
+    return [...results, ...gradients].map((t) => contiguous(t));
+  });
   const bytes = await Promise.all(compact.map((t) => t.bytes()));
-  for (const t of [...tensors, ...compact]) t.dispose();
+  for (const t of compact) t.dispose();
   return bytes;
 }
 

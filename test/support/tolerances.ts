@@ -40,7 +40,8 @@ const gradients: Readonly<Record<OpClass, Row>> = {
   rows: row([1e-12, 1e-13], [2e-6, 2e-6], [2e-2, 1e-2]),
   product: row([1e-12, 1e-13], [1e-6, 2e-6], [4e-3, 4e-3]),
   fused: row([1e-12, 1e-12], [2e-6, 4e-6], [2e-2, 2e-2]),
-  head: row([1e-12, 1e-12], [2e-6, 4e-6], [2e-2, 1e-2]),
+  // A probability inherits the rounding of its logit, which is tens in size where rows are peaked.
+  head: row([1e-12, 1e-12], [2e-6, 1e-5], [2e-2, 1e-2]),
   optimizer: row([1e-12, 1e-13], [1e-6, 1e-6], [4e-3, 0]),
 };
 
