@@ -9,6 +9,7 @@ import type { Tensor } from '../tensor/tensor.js';
 import { DpoTask } from './dpo-task.js';
 import type { RunStep, TrainHooks } from './hooks.js';
 import { train } from './loop.js';
+import { spoNotices } from './notices.js';
 import { planSteps, type ResolvedTrainOptions, type SftOptions } from './options.js';
 import { type ReferenceLogProbs, referenceLogProbs } from './reference.js';
 import { SftTask } from './sft-task.js';
@@ -85,7 +86,7 @@ export async function openSession(
   model: CausalLM,
   data: SessionData,
   options: ResolvedTrainOptions,
-  hooks: Pick<TrainHooks, 'signal' | 'onPhase'> = {},
+  hooks: Pick<TrainHooks, 'signal' | 'onPhase' | 'onMessage'> = {},
 ): Promise<Session> {
   if (data.examples.length === 0)
     throw new KeelgradError(
@@ -105,6 +106,9 @@ export async function openSession(
           signal: hooks.signal,
           onProgress: (done, total) => hooks.onPhase?.('reference log-probabilities', done, total),
         });
+  if (options.method === 'spo')
+    for (const text of spoNotices(model, data.examples as readonly PreferenceExample[], options))
+      hooks.onMessage?.(text);
   const trainable = new Trainable(model, groups);
   const optimizer = new Optimizer(trainable.parameterGroups(), optimizerOptions(options));
   const task = makeTask(options, trainable, data, reference, () => optimizer.masters('backbone'));
