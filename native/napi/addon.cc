@@ -59,6 +59,10 @@ class Instance {
     return *streams_[static_cast<size_t>(index)];
   }
 
+  void synchronizeAll() {
+    for (auto& s : streams_) s->synchronize();
+  }
+
   void submit() {
     const double* p = commands_.get();
     const double* end = p + kCommandDoubles;
@@ -292,7 +296,11 @@ KG_FUNCTION(setSynchronous, 2)
   self->stream(number(env, args[0])).setSynchronous(on);
 KG_END
 
-KG_FUNCTION(setThreads, 1) kg::setThreadCount(static_cast<int>(number(env, args[0])));
+// Kernels size scratch by the thread count, so it may not change under one that runs.
+KG_FUNCTION(setThreads, 1)
+  int threads = static_cast<int>(number(env, args[0]));
+  self->synchronizeAll();
+  kg::setThreadCount(threads);
 KG_END
 KG_FUNCTION(getThreads, 0) return toValue(env, kg::threadCount());
 KG_END
