@@ -1,6 +1,8 @@
 // What a run tells its caller while it works, and what it hands back: the seam between trainers and their front ends.
 // Types only.
 
+import type { CausalLM } from '../models/causal-lm.js';
+
 /** Metrics of one optimizer step under the field's names (`loss`, `rewards/margins`, ...), unrounded. */
 export type Metrics = Readonly<Record<string, number>>;
 
@@ -27,6 +29,11 @@ export interface TrainHooks {
   readonly signal?: AbortSignal;
   onStart?(info: RunStart): void;
   onStep?(step: RunStep): void;
+  /**
+   * The model before the first step (0 updates) and right after each update, to be looked at and left as it is; the next
+   * step waits. Steps report later: see `onStep`.
+   */
+  onUpdate?(model: CausalLM, updates: number): Promise<void> | void;
   /** One line for the user: warnings, facts worth knowing. */
   onMessage?(text: string): void;
   /** Work outside of the steps, as computing reference log-probabilities. `done` reaches `total` at its end. */

@@ -23,6 +23,8 @@ export interface LoopOptions {
   /** Joint clipping of all groups; 0 is off. */
   maxGradNorm: number;
   signal?: AbortSignal;
+  /** Awaited before the first step (0) and after each update, with the number of updates so far. */
+  onUpdate?: (updates: number) => Promise<void> | void;
 }
 
 interface Enqueued {
@@ -43,9 +45,11 @@ export async function* train(task: Task, options: LoopOptions): AsyncGenerator<R
   const { plan } = options;
   const clock = new Throughput();
   let previous: Enqueued | null = null;
+  await options.onUpdate?.(0);
   for (const planned of plan) {
     if (options.signal?.aborted) break;
     const enqueued = await enqueue(task, planned, options);
+    await options.onUpdate?.(planned.step + 1);
     if (previous) yield await finish(previous, plan.totalSteps, clock);
     previous = enqueued;
     await breathe();

@@ -86,7 +86,7 @@ export async function openSession(
   model: CausalLM,
   data: SessionData,
   options: ResolvedTrainOptions,
-  hooks: Pick<TrainHooks, 'signal' | 'onPhase' | 'onMessage'> = {},
+  hooks: Pick<TrainHooks, 'signal' | 'onPhase' | 'onMessage' | 'onUpdate'> = {},
 ): Promise<Session> {
   if (data.examples.length === 0)
     throw new KeelgradError(
@@ -119,6 +119,7 @@ export async function openSession(
     schedule: { name: options.lrSchedule, warmupSteps },
     maxGradNorm: options.maxGradNorm,
     signal: hooks.signal,
+    onUpdate: hooks.onUpdate && ((updates: number) => hooks.onUpdate?.(model, updates)),
   };
   return {
     plan,
