@@ -1,7 +1,7 @@
 // Preference losses of the Bradley-Terry family: pure functions of per-sequence log-probabilities, in one table.
 //
 // Notation: h_w = log π(y_w|x) - log π_ref(y_w|x), h_l likewise; n_w, n_l scored tokens; β beta; ε label smoothing.
-import { KeelgradError } from '../errors.js';
+import { didYouMean, KeelgradError } from '../errors.js';
 import { add, div, logSigmoid, mul, neg, square, sub } from '../ops/elementwise.js';
 import { mean, sum } from '../ops/reduce.js';
 import type { Tensor } from '../tensor/tensor.js';
@@ -84,6 +84,11 @@ export interface PreferenceLossOptions {
 
 function requireSane(names: readonly PreferenceLossName[], weights: readonly number[], o: PreferenceLossOptions): void {
   const smoothing = o.labelSmoothing ?? 0;
+  const unknown = names.find((name) => !Object.hasOwn(preferenceLosses, name));
+  if (unknown !== undefined)
+    throw new KeelgradError(
+      `loss type: expected one of ${Object.keys(preferenceLosses).join(', ')}, found ${unknown}${didYouMean(unknown, Object.keys(preferenceLosses))}`,
+    );
   if (!(o.beta > 0)) throw new KeelgradError(`beta: expected a number above 0, found ${o.beta}`);
   if (weights.length !== names.length)
     throw new KeelgradError(`loss weights: expected ${names.length}, one per loss type, found ${weights.length}`);
