@@ -26,7 +26,7 @@ function build() {
   const cmakeJs = join(dirname(require.resolve('cmake-js/package.json')), 'bin', 'cmake-js');
   const jobs = process.env.CMAKE_BUILD_PARALLEL_LEVEL ?? String(availableParallelism());
   const output = `--CDCMAKE_LIBRARY_OUTPUT_DIRECTORY=${outputFolder}`;
-  const args = [cmakeJs, 'compile', '--out', cmakeFolder, output, '--parallel', jobs];
+  const args = [cmakeJs, 'compile', '--log-level', 'warn', '--out', cmakeFolder, output, '--parallel', jobs];
   return spawnSync(process.execPath, args, { cwd: root, stdio: 'inherit' }).status ?? 1;
 }
 
