@@ -200,14 +200,14 @@ export function groupedQueryAttention(
       const [a, b, c] = [q, k, v].map(rowMajor);
       if (output.size > 0) launch('attention', [output, lse, a, b, c, segments], [scale]);
       for (const t of [a, b, c]) t.dispose();
-      return { output, saved: [output, lse] };
+      return { output, saved: [output, lse, segments] };
     },
     definition: (a, b, c) => attentionDefinition(a, b, c, layout, scale),
-    backward: ({ g, saved: [a, b, c, output, lse] }) => {
+    backward: ({ g, saved: [a, b, c, output, lse, packed] }) => {
       const inputs = [a, b, c].map(rowMajor);
       const grads = [a, b, c].map((t) => emptyLike(t, t.shape));
       if (output.size > 0)
-        launch('attentionBackward', [...grads, bare(g), ...inputs, output, lse, segments, null, null], [scale]);
+        launch('attentionBackward', [...grads, bare(g), ...inputs, output, lse, packed, null, null], [scale]);
       return grads;
     },
   });
