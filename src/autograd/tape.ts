@@ -106,6 +106,14 @@ export function trackedMask(inputs: readonly (Tensor | null | undefined)[]): num
   return mask & recordMask;
 }
 
+/** For ops that write in place: a tracked tensor among theirs is an error, not a missing term of a gradient. */
+export function requireUntracked(op: string, ...tensors: readonly Tensor[]): void {
+  if (trackedMask(tensors) !== 0)
+    throw new Error(
+      `[${op}] expected tensors that nothing is differentiated for, found ${tensors.join(' and ')}; writing in place has no derivative: use an op that returns a new tensor, or detach()`,
+    );
+}
+
 /**
  * Puts an op on the tape and returns its outputs, now carrying their place on it; the given outputs are replaced. Where
  * nothing is recorded, returns them unchanged and keeps nothing.
@@ -268,11 +276,16 @@ function pullBack(
     const [own] = owned(() => [cotangent.alias()]);
     accumulate(pending, node, tensor.output, own);
   }
-  for (const node of reachable(roots, new Set(leaves), bit)) {
-    const cotangents = pending.get(node);
-    pending.delete(node);
-    if (cotangents) step(node, bit, cotangents, pending);
-    if (lowestLevel(node.mask) === level) node.release();
+  try {
+    for (const node of reachable(roots, new Set(leaves), bit)) {
+      const cotangents = pending.get(node);
+      pending.delete(node);
+      if (cotangents) step(node, bit, cotangents, pending);
+      if (lowestLevel(node.mask) === level) node.release();
+    }
+  } catch (error) {
+    for (const slots of pending.values()) disposeAll(slots);
+    throw error;
   }
   return leaves.map((leaf) => {
     const gradient = pending.get(leaf)?.[0] ?? null;
@@ -283,10 +296,33 @@ function pullBack(
   });
 }
 
+const disposeAll = (tensors: readonly (Tensor | null)[]): void => {
+  for (const t of tensors) t?.dispose();
+};
+
+/** One node's backward: its cotangents go, those of its parents come. */
 function step(node: Node, bit: number, cotangents: (Tensor | null)[], pending: Map<Node, (Tensor | null)[]>): void {
+  let results: readonly (Tensor | null)[];
+  try {
+    results = runBackward(node, bit, cotangents);
+  } finally {
+    disposeAll(cotangents);
+  }
+  try {
+    results.forEach((value, i) => {
+      if (value) deliver(node, i, value, pending);
+    });
+  } catch (error) {
+    disposeAll(results);
+    throw error;
+  }
+}
+
+/** Cotangents of a node's parents, owned; null where none is needed or a sink took the contribution. */
+function runBackward(node: Node, bit: number, cotangents: readonly (Tensor | null)[]): readonly (Tensor | null)[] {
   const needs = node.parents.map((p) => p !== null && (p.mask & bit) !== 0);
   const sunk: { parent: Node; contribution: Contribution }[] = [];
-  const results = owned(() => {
+  return owned(() => {
     const saved = useSaved(node);
     const differentiable = trackedMask([...saved, ...cotangents]) !== 0;
     const context: BackwardContext = {
@@ -315,18 +351,20 @@ function step(node: Node, bit: number, cotangents: (Tensor | null)[], pending: M
     for (const { parent, contribution } of sunk) parent.sink!.accept(contribution);
     return tensors;
   });
-  for (const c of cotangents) c?.dispose();
-  results.forEach((value, i) => {
-    const parent = node.parents[i];
-    if (!value || !parent) return;
-    if (parent.sink && value.node === null) {
-      owned(() => {
-        parent.sink!.accept(value);
-        return [];
-      });
-      value.dispose();
-    } else accumulate(pending, parent, node.parentOutputs[i], value);
-  });
+}
+
+/** Hands an owned cotangent to the parent's sink, or keeps it for the parent's own backward. */
+function deliver(node: Node, input: number, value: Tensor, pending: Map<Node, (Tensor | null)[]>): void {
+  const parent = node.parents[input];
+  if (!parent) return;
+  const { sink } = parent;
+  if (sink && value.node === null) {
+    owned(() => {
+      sink.accept(value);
+      return [];
+    });
+    value.dispose();
+  } else accumulate(pending, parent, node.parentOutputs[input], value);
 }
 
 const isContribution = (value: Tensor | Contribution): value is Contribution => 'materialize' in value;

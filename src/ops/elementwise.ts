@@ -1,6 +1,6 @@
 // Elementwise ops: one row each. A row names its kernel (native/ops/elementwise.def) and gives its derivative in terms of
 // other ops, so that it can be differentiated again. Broadcasting is undone by the tape.
-import { type Backward, record } from '../autograd/tape.js';
+import { type Backward, record, requireUntracked } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { isFloating, promote } from '../tensor/dtype.js';
 import { broadcastShapes, sameShape } from '../tensor/shape.js';
@@ -204,6 +204,7 @@ export const minimum: Binary = binaryOp('minimum');
 
 /** a += b in place; b broadcasts. Not differentiable. */
 export function addInPlace(a: Tensor, b: Tensor): void {
+  requireUntracked('addInPlace', a, b);
   a.storage.version++;
   if (a.size === 0) return;
   const view = prepared(b, a.shape, a.dtype);
@@ -213,6 +214,7 @@ export function addInPlace(a: Tensor, b: Tensor): void {
 
 /** a *= scalar in place. Not differentiable. */
 export function scaleInPlace(a: Tensor, scalar: number): void {
+  requireUntracked('scaleInPlace', a);
   a.storage.version++;
   if (a.size > 0) launch('mul', [a, a, null], [scalar]);
 }

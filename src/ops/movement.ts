@@ -1,5 +1,5 @@
 // Movement: copies, casts, views, rows by index. Views share storage; everything else allocates.
-import { record } from '../autograd/tape.js';
+import { record, requireUntracked } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { type DType, isFloating } from '../tensor/dtype.js';
 import { owned } from '../tensor/scope.js';
@@ -23,6 +23,7 @@ function copyTo(x: Tensor, dtype: DType): Tensor {
 
 /** Sets every element of `t` in place. Not differentiable: for tensors that are on no tape. */
 export function fill(t: Tensor, value: number): Tensor {
+  requireUntracked('fill', t);
   t.storage.version++;
   if (t.size > 0) launch('fill', [t], [value]);
   return t;
@@ -32,6 +33,7 @@ export function fill(t: Tensor, value: number): Tensor {
 export function copyInto(into: Tensor, x: Tensor): void {
   if (!sameShape(into.shape, x.shape))
     throw new RangeError(`[copyInto] expected shape [${into.shape}], found [${x.shape}]`);
+  requireUntracked('copyInto', into, x);
   into.storage.version++;
   if (into.size > 0) launch('copy', [into, x]);
 }
