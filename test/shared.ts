@@ -3,7 +3,7 @@
 
 import { existsSync, readFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
-import { describe } from 'vitest';
+import { describe, it } from 'vitest';
 
 const root = resolve(import.meta.dirname, '..', process.env.KEELGRAD_SHARED ?? '../shared');
 
@@ -12,12 +12,18 @@ export const sharedPath = (...parts: string[]): string => join(root, ...parts);
 // biome-ignore lint/suspicious/noExplicitAny: golden files have many shapes, each test knows its own
 export const readSharedJson = (...parts: string[]): any => JSON.parse(readFileSync(sharedPath(...parts), 'utf8'));
 
-/** `describe` that needs the given path of the shared folder; skipped with a printed reason where it is absent. */
+/** `describe` that needs the given path of the shared folder; skipped where it is absent (skip-reporter.ts says so). */
 export function describeWithShared(name: string, path: string, body: () => void): void {
   if (existsSync(sharedPath(path))) {
     describe(name, body);
     return;
   }
-  console.warn(`skipped: ${name}: ${sharedPath(path)} is absent (set KEELGRAD_SHARED)`);
-  describe.skip(`${name} (needs ${path} in KEELGRAD_SHARED)`, body);
+  // A body that reads at once throws here: one test then stands for those that it would have made.
+  describe.skip(`${name} (needs ${path} in KEELGRAD_SHARED)`, () => {
+    try {
+      body();
+    } catch {
+      it('what the recorded files list', () => {});
+    }
+  });
 }
