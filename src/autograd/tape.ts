@@ -230,7 +230,10 @@ export function differentiate<R>(
     return { result, gradients: pullBack(level, leaves, starts) };
   } finally {
     recordMask = savedMask;
-    for (const leaf of leaves) leaf.mask &= ~bit;
+    for (const leaf of leaves) {
+      leaf.mask &= ~bit;
+      leaf.sink = null; // it was for this level: an outer backward passes here too
+    }
     closeLevel(level, before);
   }
 }
