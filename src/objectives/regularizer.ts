@@ -108,9 +108,8 @@ export async function addRegularizer(
 ): Promise<RegularizerValue> {
   const norms: number[] = [];
   for (let i = 0; i < 2 * pairs; i++) {
-    const [squared] = squaredGradientNorms({ ...problem, logProb: (v) => problem.logProb(v, i) }, 1);
+    using squared = squaredGradientNorms({ ...problem, logProb: (v) => problem.logProb(v, i) }, 1)[0];
     norms.push(Math.sqrt((await squared.data())[0]));
-    squared.dispose();
   }
   const result = regularizerValue(norms.slice(0, pairs), norms.slice(pairs));
   for (let i = 0; i < pairs; i++) {

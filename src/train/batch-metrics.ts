@@ -23,7 +23,17 @@ export interface TargetStatistics {
 }
 
 /** Reads head statistics (contiguous copies, since they are columns). */
-export async function readStatistics(statistics: HeadStatistics): Promise<TargetStatistics> {
+export function readStatistics(statistics: HeadStatistics): Promise<TargetStatistics> {
+  return quiet(readAll(statistics));
+}
+
+/** A failure of this promise is its reader's to report, who may come to it late, or fail before. */
+export function quiet<T>(promise: Promise<T>): Promise<T> {
+  promise.catch(() => undefined);
+  return promise;
+}
+
+async function readAll(statistics: HeadStatistics): Promise<TargetStatistics> {
   const read = (t: Tensor): Promise<HostArray> => t.data();
   const [entropy, argmax, meanLogit] = await Promise.all([
     read(statistics.entropy),

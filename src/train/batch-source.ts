@@ -35,10 +35,9 @@ export async function scorePairs(
   for (let start = 0; start < pairs.length && !options.signal?.aborted; start += options.batchSize) {
     const part = pairs.slice(start, start + options.batchSize);
     const batch = packPairs(part);
-    const values = scoreBatch(model, parameters, batch);
+    using _ = batch.layout;
+    using values = scoreBatch(model, parameters, batch);
     const sums = await values.data();
-    values.dispose();
-    batch.layout.dispose();
     for (let i = 0; i < part.length; i++) {
       scores.chosen[start + i] = sums[i];
       scores.rejected[start + i] = sums[part.length + i];

@@ -35,7 +35,8 @@ export class DpoTask implements Task {
   }
 
   accumulate({ microBatches }: StepInput): StepMeasurement {
-    const parts = microBatches.map((indices) => scope(() => this.microBatch(indices, 1 / microBatches.length)));
+    const share = 1 / microBatches.length;
+    const parts = scope(() => microBatches.map((indices) => scope(() => this.microBatch(indices, share))));
     const losses = parts.map((p) => p.loss);
     const seen = this.seenTokens;
     const metrics = Promise.all([total(losses), Promise.all(parts.map((p) => p.metrics))]).then(([loss, measured]) => ({
@@ -54,6 +55,7 @@ export class DpoTask implements Task {
     const { trainable, options } = this;
     const { model, groups } = trainable;
     const batch = preferenceBatch(model, this.examples, indices, this.reference);
+    using _ = batch.packed.layout;
     const { result } = differentiate(
       tensorsOf(model.parameters, groups),
       (tracked) => {
@@ -64,7 +66,6 @@ export class DpoTask implements Task {
       { sinks: groups.flatMap((g) => trainable.gradients.get(g)!.sinks()) },
     );
     this.seenTokens += batch.packed.tokens;
-    batch.packed.layout.dispose();
     const metrics = readPairMetrics(batch, result.pairs, result.statistics, options.beta);
     return { loss: result.loss.detach(), metrics };
   }

@@ -5,14 +5,17 @@
 
 import type { PlannedStep, StepPlan } from '../data/batches.js';
 import { KeelgradError } from '../errors.js';
-import { add, sqrt } from '../ops/elementwise.js';
+import { add, maximum, sqrt } from '../ops/elementwise.js';
+import { copyInto, zeros } from '../ops/movement.js';
 import { clipFactor, nonFinite, sumOfSquares } from '../optim/clip.js';
 import type { Optimizer } from '../optim/optimizer.js';
 import { type ScheduleName, scheduleFactor } from '../optim/schedule.js';
-import { scope } from '../tensor/scope.js';
+import type { HostArray } from '../tensor/dtype.js';
+import { detachFromScope, scope } from '../tensor/scope.js';
 import { memory } from '../tensor/storage.js';
+import type { Tensor } from '../tensor/tensor.js';
 import type { Metrics, RunStep } from './hooks.js';
-import type { GroupName, Task } from './task.js';
+import type { GroupName, Task, Trainable } from './task.js';
 
 export interface LoopOptions {
   plan: StepPlan;
@@ -44,17 +47,29 @@ const breathe = (): Promise<void> => new Promise((resolve) => setImmediate(resol
 export async function* train(task: Task, options: LoopOptions): AsyncGenerator<RunStep, void, void> {
   const { plan } = options;
   const clock = new Throughput();
-  let previous: Enqueued | null = null;
-  await options.onUpdate?.(0);
-  for (const planned of plan) {
-    if (options.signal?.aborted) break;
-    const enqueued = await enqueue(task, planned, options);
-    await options.onUpdate?.(planned.step + 1);
-    if (previous) yield await finish(previous, plan.totalSteps, clock);
-    previous = enqueued;
-    await breathe();
+  // Not 0 from the first non-finite step on: the step after it is enqueued already when the host learns of it.
+  const halted = detachFromScope(zeros([1], { dtype: 'float64', device: task.trainable.model.device }));
+  const pending: Enqueued[] = [];
+  try {
+    await options.onUpdate?.(0);
+    for (const planned of plan) {
+      if (options.signal?.aborted) break;
+      let failure: { error: unknown } | null = null;
+      try {
+        pending.push(await enqueue(task, planned, halted, options));
+        await options.onUpdate?.(planned.step + 1);
+      } catch (error) {
+        failure = { error };
+      }
+      // After a failure too: the weights have these steps, so must the metrics.
+      while (pending.length > (failure ? 0 : 1)) yield await finish(pending.shift()!, plan.totalSteps, clock);
+      if (failure) throw failure.error;
+      await breathe();
+    }
+    for (const last of pending) yield await finish(last, plan.totalSteps, clock);
+  } finally {
+    halted.dispose();
   }
-  if (previous) yield await finish(previous, plan.totalSteps, clock);
 }
 
 /** Tokens per second between the ends of steps. */
@@ -90,7 +105,7 @@ async function finish(
   };
 }
 
-async function enqueue(task: Task, planned: PlannedStep, options: LoopOptions): Promise<Enqueued> {
+async function enqueue(task: Task, planned: PlannedStep, halted: Tensor, options: LoopOptions): Promise<Enqueued> {
   const { trainable } = task;
   trainable.zeroGradients();
   const { losses, metrics } = await task.accumulate(planned);
@@ -99,16 +114,7 @@ async function enqueue(task: Task, planned: PlannedStep, options: LoopOptions): 
     totalSteps: options.plan.totalSteps,
   });
   const rates = trainable.groups.map((g) => options.learningRates[g] * factor);
-  const { norms } = scope(() => {
-    const squares = trainable.groups.map((g) => sumOfSquares(trainable.gradients.get(g)!.buffers.values()));
-    const total = sqrt(squares.reduce((a, b) => add(a, b)));
-    options.optimizer.step(rates, {
-      factor: clipFactor(total, options.maxGradNorm),
-      skip: nonFinite([total, ...losses]),
-    });
-    return { norms: Promise.all([total, ...squares].map((t) => t.data())) };
-  });
-  for (const t of losses) t.dispose();
+  const norms = takeStep(trainable, losses, rates, halted, options);
   const merged = Promise.all([metrics, norms]).then(([values, [total, ...squares]]) => ({
     ...values,
     grad_norm: total[0],
@@ -119,6 +125,25 @@ async function enqueue(task: Task, planned: PlannedStep, options: LoopOptions): 
   // A failure must not be reported as unhandled while its turn has not come.
   merged.catch(() => undefined);
   return { planned, metrics: merged, records: task.records(planned) };
+}
+
+/** Clips and updates, disposes of the losses; returns the joint norm and the squared norms of the groups. */
+function takeStep(
+  trainable: Trainable,
+  losses: readonly Tensor[],
+  rates: readonly number[],
+  halted: Tensor,
+  options: LoopOptions,
+): Promise<HostArray[]> {
+  const { norms } = scope(() => {
+    const squares = trainable.groups.map((g) => sumOfSquares(trainable.gradients.get(g)!.buffers.values()));
+    const total = sqrt(squares.reduce((a, b) => add(a, b)));
+    copyInto(halted, maximum(nonFinite([total, ...losses]), halted));
+    options.optimizer.step(rates, { factor: clipFactor(total, options.maxGradNorm), skip: halted });
+    return { norms: Promise.all([total, ...squares].map((t) => t.data())) };
+  });
+  for (const t of losses) t.dispose();
+  return norms;
 }
 
 function groupMetrics(

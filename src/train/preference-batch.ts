@@ -9,7 +9,7 @@ import type { HeadStatistics } from '../ops/head.js';
 import { slice } from '../ops/movement.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { Tensor } from '../tensor/tensor.js';
-import { type PairValues, pairMetrics, readStatistics } from './batch-metrics.js';
+import { type PairValues, pairMetrics, quiet, readStatistics } from './batch-metrics.js';
 import type { ReferenceLogProbs } from './reference.js';
 
 /** A micro-batch of pairs on the device. Made inside a scope. */
@@ -70,7 +70,7 @@ export function readPairMetrics(
 ): Promise<Record<string, number>> {
   const { packed, reference } = batch;
   const reads = Promise.all([readStatistics(statistics), pairs.chosen.data(), pairs.rejected.data()]);
-  return reads.then(([s, chosen, rejected]) => {
+  const metrics = reads.then(([s, chosen, rejected]) => {
     const values: PairValues = {
       chosen,
       rejected,
@@ -79,4 +79,5 @@ export function readPairMetrics(
     };
     return pairMetrics(packed, s, values, beta);
   });
+  return quiet(metrics);
 }

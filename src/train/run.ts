@@ -1,6 +1,7 @@
 // One training run from files to files: what `keelgrad sft|dpo|spo` calls.
 
 import { join } from 'node:path';
+import { KeelgradError } from '../errors.js';
 import { writeFolderAtomic } from '../io/atomic.js';
 import { hashFile, hashModelFolder } from '../io/hash.js';
 import { saveAdapter, saveModel } from '../io/model-folder.js';
@@ -55,6 +56,7 @@ async function drive(
 ): Promise<TrainResult> {
   let steps = 0;
   let lastMetrics: Metrics = {};
+  let failure: Error | null = null;
   try {
     for await (const step of session.steps()) {
       steps = step.step;
@@ -63,15 +65,25 @@ async function drive(
       hooks.onStep?.(step);
     }
   } catch (error) {
-    await save(model, session, folder, options);
-    await folder.finish('failed', steps, (error as Error).message);
-    throw error;
+    failure = error as Error;
   }
-  await save(model, session, folder, options);
+  try {
+    await save(model, session, folder, options);
+  } catch (error) {
+    failure = failure ? alsoNotSaved(failure, error as Error) : (error as Error);
+  }
+  if (failure) {
+    await folder.finish('failed', steps, failure.message);
+    throw failure;
+  }
   const interrupted = steps < session.plan.totalSteps;
   await folder.finish(interrupted ? 'interrupted' : 'completed', steps);
   return { output: options.output, steps, interrupted, lastMetrics };
 }
+
+/** The cause comes first; that its weights were lost as well must not hide it. */
+const alsoNotSaved = (failure: Error, saving: Error): KeelgradError =>
+  new KeelgradError(`${failure.message}; and the weights could not be saved: ${saving.message}`, { cause: failure });
 
 async function save(
   model: CausalLM,

@@ -1,13 +1,14 @@
 // Supervised fine-tuning as a task of the loop.
 import { differentiate } from '../autograd/tape.js';
-import { packSequences, uploadBatch } from '../data/packing.js';
+import { type PackedBatch, packSequences, uploadBatch } from '../data/packing.js';
 import type { SftExample } from '../data/tokenize.js';
 import { sequenceLogProbs } from '../objectives/logprobs.js';
 import { type SftReduction, sftLoss } from '../objectives/sft.js';
 import { onesLike } from '../ops/movement.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { scope } from '../tensor/scope.js';
-import { averageMetrics, readStatistics, sequenceMetrics, total } from './batch-metrics.js';
+import type { Tensor } from '../tensor/tensor.js';
+import { averageMetrics, readStatistics, sequenceMetrics, type TargetStatistics, total } from './batch-metrics.js';
 import { replaceGroups, type StepInput, type StepMeasurement, type Task, type Trainable, tensorsOf } from './task.js';
 
 export interface SftTaskOptions {
@@ -34,34 +35,16 @@ export class SftTask implements Task {
   }
 
   accumulate(input: StepInput): StepMeasurement {
-    const { trainable, options } = this;
-    const { model, groups } = trainable;
     const batches = input.microBatches.map((indices) => packSequences(indices.map((i) => this.examples[i])));
     const tokens = batches.reduce((n, b) => n + b.targetIds.length, 0);
     const sequences = batches.reduce((n, b) => n + b.lengths.length, 0);
-    const sinks = groups.flatMap((g) => trainable.gradients.get(g)!.sinks());
-    const parts = batches.map((batch, micro) => {
-      const part = scope(() => {
-        const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
+    const parts = scope(() =>
+      batches.map((batch, micro) => {
         // A seed of its own for every micro-batch of every step: masks differ, and a run can be repeated.
-        const dropout = { rate: options.dropout, seed: options.seed + 0x9e37 * (input.step + 1) + 0x51ed * micro };
-        const { result } = differentiate(
-          tensorsOf(model.parameters, groups),
-          (tracked) => {
-            const p = replaceGroups(model.parameters, groups, tracked);
-            const out = model.logProbs(p, tensors.ids, batch.layout, tensors.targets, { dropout, statistics: true });
-            const sums = sequenceLogProbs(out.logProbs, tensors.sequences, batch.lengths.length);
-            const loss = sftLoss(sums, { reduction: options.reduction, tokens, sequences });
-            return { loss, statistics: out.statistics! };
-          },
-          ({ loss }) => [{ tensor: loss, cotangent: onesLike(loss) }],
-          { sinks },
-        );
-        return { loss: result.loss.detach(), statistics: readStatistics(result.statistics) };
-      });
-      batch.layout.dispose();
-      return part;
-    });
+        const seed = this.options.seed + 0x9e37 * (input.step + 1) + 0x51ed * micro;
+        return scope(() => this.microBatch(batch, { tokens, sequences }, seed));
+      }),
+    );
     this.seenTokens += batches.reduce((n, b) => n + b.tokens, 0);
     const losses = parts.map((p) => p.loss);
     const seen = this.seenTokens;
@@ -73,5 +56,30 @@ export class SftTask implements Task {
       }),
     );
     return { losses, metrics };
+  }
+
+  /** One micro-batch's share of the step's loss, its gradients accumulated. */
+  private microBatch(
+    batch: PackedBatch,
+    totals: { tokens: number; sequences: number },
+    seed: number,
+  ): { loss: Tensor; statistics: Promise<TargetStatistics> } {
+    const { model, groups, gradients } = this.trainable;
+    const { reduction, dropout: rate } = this.options;
+    using layout = batch.layout;
+    const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
+    const { result } = differentiate(
+      tensorsOf(model.parameters, groups),
+      (tracked) => {
+        const p = replaceGroups(model.parameters, groups, tracked);
+        const options = { dropout: { rate, seed }, statistics: true };
+        const out = model.logProbs(p, tensors.ids, layout, tensors.targets, options);
+        const sums = sequenceLogProbs(out.logProbs, tensors.sequences, batch.lengths.length);
+        return { loss: sftLoss(sums, { reduction, ...totals }), statistics: out.statistics! };
+      },
+      ({ loss }) => [{ tensor: loss, cotangent: onesLike(loss) }],
+      { sinks: groups.flatMap((g) => gradients.get(g)!.sinks()) },
+    );
+    return { loss: result.loss.detach(), statistics: readStatistics(result.statistics) };
   }
 }

@@ -15,9 +15,9 @@ import { onesLike } from '../ops/movement.js';
 import { sum } from '../ops/reduce.js';
 import { descend } from '../optim/bilevel/lower-level.js';
 import { accumulationDType } from '../tensor/dtype.js';
-import { detachFromScope, scope } from '../tensor/scope.js';
+import { scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
-import { averageMetrics, total } from './batch-metrics.js';
+import { averageMetrics, quiet, total } from './batch-metrics.js';
 import type { Metrics } from './hooks.js';
 import { pairLogProbs, preferenceBatch, readPairMetrics } from './preference-batch.js';
 import type { ReferenceLogProbs } from './reference.js';
@@ -80,19 +80,24 @@ export class SpoTask implements Task {
     const pairs = microBatches.flat().length;
     const totals = this.sftTotals(microBatches);
     // Without steps θ_K is θ: term (b) vanishes by the same route. With λ = 0 as well there is nothing to compute.
-    const optimum = lowerSteps > 0 || lambda > 0 ? this.lowerLevel(microBatches, totals) : null;
-    const parts = microBatches.map((indices) => scope(() => this.upperLevel(indices, indices.length / pairs, totals)));
+    const { optimum, parts } = scope(() => ({
+      optimum: lowerSteps > 0 || lambda > 0 ? this.lowerLevel(microBatches, totals) : null,
+      parts: microBatches.map((indices) => scope(() => this.upperLevel(indices, indices.length / pairs, totals))),
+    }));
     const dpo = parts.map((p) => p.dpo);
     const sft = parts.map((p) => p.sft);
-    const regularizer = gamma > 0 ? await this.regularizer(microBatches.flat()) : null;
+    const losses = [...dpo, ...sft, ...(optimum ?? [])];
     const seen = this.seenTokens;
-    const reads = Promise.all([
-      total(dpo),
-      total(sft),
-      total(optimum ?? sft),
-      Promise.all(parts.map((p) => p.metrics)),
-    ]);
-    const metrics = reads.then(([dpoValue, sftValue, sftStar, measured]): Metrics => {
+    const sums = [total(dpo), total(sft), total(optimum ?? sft)];
+    const reads = quiet(Promise.all([Promise.all(sums), Promise.all(parts.map((p) => p.metrics))]));
+    let regularizer: RegularizerValue | null = null;
+    try {
+      regularizer = gamma > 0 ? await this.regularizer(microBatches.flat()) : null;
+    } catch (error) {
+      for (const t of losses) t.dispose();
+      throw error;
+    }
+    const metrics = reads.then(([[dpoValue, sftValue, sftStar], measured]): Metrics => {
       const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer?.value ?? 0 };
       return {
         loss: spoObjective(values, { lambda, gamma }),
@@ -106,7 +111,7 @@ export class SpoTask implements Task {
         num_tokens: seen,
       };
     });
-    return { losses: [...dpo, ...sft, ...(optimum ?? [])], metrics };
+    return { losses, metrics };
   }
 
   private sftTotals(microBatches: StepInput['microBatches']): SftTotals {
@@ -127,13 +132,14 @@ export class SpoTask implements Task {
     const { trainable } = this;
     const { model } = trainable;
     const batch = packSequences(chosenSequences(indices.map((i) => this.examples[i])));
-    const loss = scope(() => {
+    using layout = batch.layout;
+    return scope(() => {
       const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
       const { result } = differentiate(
         tensorsOf(parameters, groups),
         (tracked) => {
           const p = replaceGroups(parameters, groups, tracked);
-          const { logProbs } = model.logProbs(p, tensors.ids, batch.layout, tensors.targets);
+          const { logProbs } = model.logProbs(p, tensors.ids, layout, tensors.targets);
           const sums = sequenceLogProbs(logProbs, tensors.sequences, batch.lengths.length);
           return sftLoss(sums, { reduction: this.options.sftReduction, ...totals });
         },
@@ -142,8 +148,6 @@ export class SpoTask implements Task {
       );
       return result.detach();
     });
-    batch.layout.dispose();
-    return detachFromScope(loss);
   }
 
   /**
@@ -183,6 +187,7 @@ export class SpoTask implements Task {
     const { trainable, options } = this;
     const { model, groups } = trainable;
     const batch = preferenceBatch(model, this.examples, indices, this.reference);
+    using _ = batch.packed.layout;
     const { result } = differentiate(
       tensorsOf(model.parameters, groups),
       (tracked) => {
@@ -195,7 +200,6 @@ export class SpoTask implements Task {
       { sinks: groups.flatMap((g) => trainable.gradients.get(g)!.sinks()) },
     );
     this.seenTokens += batch.packed.tokens;
-    batch.packed.layout.dispose();
     const metrics = readPairMetrics(batch, result.pairs, result.statistics, options.beta);
     return { dpo: result.dpo.detach(), sft: result.sft.detach(), metrics };
   }
@@ -219,9 +223,10 @@ export class SpoTask implements Task {
     const { model } = this.trainable;
     const { promptIds, chosenIds, rejectedIds } = this.examples[indices[sequence % indices.length]];
     const batch = packSequences([sequenceOf(promptIds, sequence < indices.length ? chosenIds : rejectedIds)]);
+    using layout = batch.layout;
     const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
     const p = replaceGroups(model.parameters, both, variables);
-    return sum(model.logProbs(p, tensors.ids, batch.layout, tensors.targets).logProbs);
+    return sum(model.logProbs(p, tensors.ids, layout, tensors.targets).logProbs);
   }
 }
 

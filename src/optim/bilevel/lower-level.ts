@@ -1,7 +1,7 @@
 // The lower level of a bilevel problem: K plain gradient steps from the current point, on a copy (spo.md §2, Eq. 11).
 // The starting map is never written: θ̂ is another map, so nothing that throws in between can lose θ.
 import { addInPlace, mul } from '../../ops/elementwise.js';
-import { cast } from '../../ops/movement.js';
+import { cast, copyInto } from '../../ops/movement.js';
 import { detachFromScope, scope } from '../../tensor/scope.js';
 import { withTag } from '../../tensor/storage.js';
 import type { Tensor } from '../../tensor/tensor.js';
@@ -31,42 +31,39 @@ export function descend(
   gradient: (theta: Map<string, Tensor>, step: number) => ReadonlyMap<string, Tensor>,
   options: LowerLevelOptions,
 ): LowerSolution {
-  let current = new Map(start);
-  let owned: Tensor[] = [];
-  let precise: ReadonlyMap<string, Tensor> = masters;
-  let preciseOwned: Tensor[] = [];
-  for (let k = 0; k < options.steps; k++) {
-    const g = gradient(current, k);
-    const next = new Map<string, Tensor>();
-    const rounded = new Map<string, Tensor>();
-    withTag('weights', () => {
-      for (const [name, t] of precise) {
-        const moved = stepped(t, g.get(name)!, options.learningRate, preciseOwned.includes(t));
-        next.set(name, moved);
-        rounded.set(
-          name,
-          start.get(name)!.dtype === moved.dtype ? moved : detachFromScope(cast(moved, start.get(name)!.dtype)),
-        );
-      }
-    });
-    const kept = new Set([...next.values(), ...rounded.values()]);
-    for (const t of [...owned, ...preciseOwned]) if (!kept.has(t)) t.dispose();
-    precise = next;
-    current = rounded;
-    preciseOwned = [...next.values()];
-    owned = [...rounded.values()];
-  }
-  return {
-    theta: current,
-    release: () => {
-      for (const t of new Set([...owned, ...preciseOwned])) t.dispose();
-    },
+  if (options.steps === 0) return { theta: new Map(start), release: () => undefined };
+  const owned: Tensor[] = [];
+  const release = (): void => {
+    for (const t of owned) t.dispose();
   };
+  const copies = (map: ReadonlyMap<string, Tensor>): Map<string, Tensor> =>
+    new Map(
+      [...map].map(([name, t]) => {
+        const copy = detachFromScope(t.clone());
+        owned.push(copy);
+        return [name, copy];
+      }),
+    );
+  try {
+    const first = gradient(new Map(start), 0);
+    const precise = withTag('weights', () => copies(masters));
+    const low = [...start].some(([name, t]) => t.dtype !== precise.get(name)!.dtype);
+    const theta = low ? withTag('weights', () => copies(start)) : precise;
+    for (let k = 0; k < options.steps; k++) {
+      const g = k === 0 ? first : gradient(theta, k);
+      for (const [name, t] of precise) move(t, g.get(name)!, options.learningRate, theta.get(name)!);
+    }
+    return { theta, release };
+  } catch (error) {
+    release();
+    throw error;
+  }
 }
 
-/** t - α g, in place where t is already a copy. */
-function stepped(t: Tensor, g: Tensor, learningRate: number, inPlace: boolean): Tensor {
-  const target = inPlace ? t : detachFromScope(t.clone());
-  scope(() => addInPlace(target, mul(g, -learningRate)));
-  return target;
+/** t -= α g, and its rounded copy beside it. */
+function move(t: Tensor, g: Tensor, learningRate: number, rounded: Tensor): void {
+  scope(() => {
+    addInPlace(t, mul(g, -learningRate));
+    if (rounded !== t) copyInto(rounded, cast(t, rounded.dtype));
+  });
 }
