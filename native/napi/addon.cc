@@ -1,5 +1,5 @@
-// The only file that knows Node. Dispatch is generic: JavaScript writes a command (kernel, tensor views, attributes) into a
-// shared buffer and calls submit, so this file does not grow with ops.
+// The only file that knows Node. Dispatch is generic: JavaScript writes a command (kernel, tensor views, attributes)
+// into a shared buffer and calls submit, so this file does not grow with ops.
 //
 // Command buffer, all numbers doubles: kernel id, stream, number of tensors, number of attributes, then a tensor:
 // storage handle (-1: absent), dtype, byte offset, ndim, shape..., strides...; then the attributes.
@@ -104,7 +104,8 @@ class Instance {
     view.dtype = static_cast<kg::DType>(static_cast<int>(p[1]));
     auto offset = static_cast<int64_t>(p[2]);
     view.ndim = static_cast<int32_t>(p[3]);
-    if (view.ndim < 0 || view.ndim > kg::kMaxDims) kg::fail("expected at most %d axes, found %d", kg::kMaxDims, view.ndim);
+    if (view.ndim < 0 || view.ndim > kg::kMaxDims)
+      kg::fail("expected at most %d axes, found %d", kg::kMaxDims, view.ndim);
     if (handle < 0) {
       view.dtype = kg::DType::None;
       return p + 4;
@@ -169,15 +170,17 @@ Instance* instanceOf(napi_env env) {
   return static_cast<Instance*>(data);
 }
 
-// Raw callbacks: a call costs tens of nanoseconds, and every op makes one. Body is called as body(instance, args);
-// a C++ exception becomes a JavaScript error.
-template <int N, class Body>
-napi_value guarded(napi_env env, napi_callback_info info, Body body) {
+// What a function of the boundary does; its result goes to JavaScript, nullptr as undefined.
+using Body = napi_value (*)(napi_env env, Instance* self, napi_value* args);
+
+// Raw callbacks: a call costs tens of nanoseconds, and every op makes one. A C++ exception becomes a JavaScript error.
+template <int N, Body body>
+napi_value guarded(napi_env env, napi_callback_info info) {
   napi_value args[N > 0 ? N : 1];
   size_t count = N;
   napi_get_cb_info(env, info, &count, args, nullptr, nullptr);
   try {
-    return body(instanceOf(env), args);
+    return body(env, instanceOf(env), args);
   } catch (const std::exception& e) {
     napi_throw_error(env, nullptr, e.what());
     return nullptr;
@@ -214,7 +217,8 @@ Bytes bytesOf(napi_env env, napi_value v) {
   size_t length, offset;
   napi_value buffer;
   Bytes b{};
-  if (napi_get_typedarray_info(env, v, &type, &length, &b.data, &buffer, &offset) != napi_ok || type != napi_uint8_array)
+  if (napi_get_typedarray_info(env, v, &type, &length, &b.data, &buffer, &offset) != napi_ok ||
+      type != napi_uint8_array)
     kg::fail("expected a Uint8Array");
   b.count = length;
   return b;
@@ -222,32 +226,41 @@ Bytes bytesOf(napi_env env, napi_value v) {
 
 void requireRange(const Storage& s, double offset, size_t count) {
   if (!(offset >= 0) || offset + static_cast<double>(count) > static_cast<double>(s.bytes))
-    kg::fail("bytes %.0f to %.0f lie outside of a storage of %zu bytes", offset, offset + static_cast<double>(count), s.bytes);
+    kg::fail("bytes %.0f to %.0f lie outside of a storage of %zu bytes", offset, offset + static_cast<double>(count),
+             s.bytes);
 }
 
-#define KG_FUNCTION(name, arity) napi_value name(napi_env env, napi_callback_info info) { \
-  return guarded<arity>(env, info, [env](Instance* self, napi_value* args) -> napi_value { (void)args; (void)env;
-#define KG_END \
-  return nullptr; \
-  }); }
+napi_value openDevice(napi_env env, Instance* self, napi_value* args) {
+  return toValue(env, self->open(text(env, args[0])));
+}
 
-KG_FUNCTION(openDevice, 1) return toValue(env, self->open(text(env, args[0])));
-KG_END
-KG_FUNCTION(createStorage, 3)
+napi_value createStorage(napi_env env, Instance* self, napi_value* args) {
   auto tag = static_cast<kg::Tag>(static_cast<int>(number(env, args[2])));
-  return toValue(env, self->stream(number(env, args[0])).storages().create(static_cast<size_t>(number(env, args[1])), tag));
-KG_END
-KG_FUNCTION(retainStorage, 2) self->stream(number(env, args[0])).storages().retain(number(env, args[1]));
-KG_END
-KG_FUNCTION(releaseStorage, 2) self->stream(number(env, args[0])).storages().release(number(env, args[1]));
-KG_END
-KG_FUNCTION(mapFile, 2) return toValue(env, self->stream(number(env, args[0])).storages().map(text(env, args[1]).c_str()));
-KG_END
-KG_FUNCTION(submit, 0) self->submit();
-KG_END
+  return toValue(env,
+                 self->stream(number(env, args[0])).storages().create(static_cast<size_t>(number(env, args[1])), tag));
+}
+
+napi_value retainStorage(napi_env env, Instance* self, napi_value* args) {
+  self->stream(number(env, args[0])).storages().retain(number(env, args[1]));
+  return nullptr;
+}
+
+napi_value releaseStorage(napi_env env, Instance* self, napi_value* args) {
+  self->stream(number(env, args[0])).storages().release(number(env, args[1]));
+  return nullptr;
+}
+
+napi_value mapFile(napi_env env, Instance* self, napi_value* args) {
+  return toValue(env, self->stream(number(env, args[0])).storages().map(text(env, args[1]).c_str()));
+}
+
+napi_value submit(napi_env, Instance* self, napi_value*) {
+  self->submit();
+  return nullptr;
+}
 
 // upload(stream, storage, byteOffset, bytes)
-KG_FUNCTION(upload, 4)
+napi_value upload(napi_env env, Instance* self, napi_value* args) {
   Stream& s = self->stream(number(env, args[0]));
   Storage& to = s.storages().at(number(env, args[1]));
   double offset = number(env, args[2]);
@@ -255,10 +268,11 @@ KG_FUNCTION(upload, 4)
   requireRange(to, offset, from.count);
   if (to.readOnly) kg::fail("a mapped file cannot be written");
   s.upload(&to, static_cast<size_t>(offset), from.data, from.count);
-KG_END
+  return nullptr;
+}
 
 // download(stream, storage, byteOffset, target) -> Promise<target>
-KG_FUNCTION(download, 4)
+napi_value download(napi_env env, Instance* self, napi_value* args) {
   Stream& s = self->stream(number(env, args[0]));
   Storage& from = s.storages().at(number(env, args[1]));
   double offset = number(env, args[2]);
@@ -269,10 +283,10 @@ KG_FUNCTION(download, 4)
   napi_create_promise(env, &deferred, &promise);
   self->download(s, &from, static_cast<size_t>(offset), to.data, to.count, args[3], deferred);
   return promise;
-KG_END
+}
 
 // downloadSync(stream, storage, byteOffset, target): blocks
-KG_FUNCTION(downloadSync, 4)
+napi_value downloadSync(napi_env env, Instance* self, napi_value* args) {
   Stream& s = self->stream(number(env, args[0]));
   Storage& from = s.storages().at(number(env, args[1]));
   double offset = number(env, args[2]);
@@ -282,35 +296,44 @@ KG_FUNCTION(downloadSync, 4)
   s.download(&from, static_cast<size_t>(offset), to.data, to.count, [&fault](Fault f) { fault = std::move(f); });
   s.synchronize();
   if (fault) kg::fail("%s", fault->c_str());
-KG_END
+  return nullptr;
+}
 
-KG_FUNCTION(synchronize, 1)
+napi_value synchronize(napi_env env, Instance* self, napi_value* args) {
   Stream& s = self->stream(number(env, args[0]));
   s.synchronize();
   if (Fault fault = s.takeFault()) kg::fail("%s", fault->c_str());
-KG_END
+  return nullptr;
+}
 
-KG_FUNCTION(setSynchronous, 2)
+napi_value setSynchronous(napi_env env, Instance* self, napi_value* args) {
   bool on = false;
   napi_get_value_bool(env, args[1], &on);
   self->stream(number(env, args[0])).setSynchronous(on);
-KG_END
+  return nullptr;
+}
 
 // Kernels size scratch by the thread count, so it may not change under one that runs.
-KG_FUNCTION(setThreads, 1)
+napi_value setThreads(napi_env env, Instance* self, napi_value* args) {
   int threads = static_cast<int>(number(env, args[0]));
   self->synchronizeAll();
   kg::setThreadCount(threads);
-KG_END
-KG_FUNCTION(getThreads, 0) return toValue(env, kg::threadCount());
-KG_END
-KG_FUNCTION(trim, 1) return toValue(env, static_cast<double>(self->stream(number(env, args[0])).storages().trim()));
-KG_END
-KG_FUNCTION(resetPeak, 1) self->stream(number(env, args[0])).storages().resetPeak();
-KG_END
+  return nullptr;
+}
+
+napi_value getThreads(napi_env env, Instance*, napi_value*) { return toValue(env, kg::threadCount()); }
+
+napi_value trim(napi_env env, Instance* self, napi_value* args) {
+  return toValue(env, static_cast<double>(self->stream(number(env, args[0])).storages().trim()));
+}
+
+napi_value resetPeak(napi_env env, Instance* self, napi_value* args) {
+  self->stream(number(env, args[0])).storages().resetPeak();
+  return nullptr;
+}
 
 // memory(stream, Float64Array-like out of 9): storages, allocated, peak, reserved, then bytes by tag
-KG_FUNCTION(memory, 1)
+napi_value memory(napi_env env, Instance* self, napi_value* args) {
   auto& table = self->stream(number(env, args[0])).storages();
   const kg::MemoryCounters& c = table.counters();
   Napi::Array out = Napi::Array::New(env);
@@ -319,15 +342,16 @@ KG_FUNCTION(memory, 1)
   for (double v : values) out.Set(at++, v);
   for (size_t v : c.byTag) out.Set(at++, double(v));
   return out;
-KG_END
+}
 
 // adjustExternal(bytes): tells V8 about memory that its objects hold on to
-KG_FUNCTION(adjustExternal, 1)
+napi_value adjustExternal(napi_env env, Instance*, napi_value* args) {
   int64_t now;
   napi_adjust_external_memory(env, static_cast<int64_t>(number(env, args[0])), &now);
-KG_END
+  return nullptr;
+}
 
-KG_FUNCTION(describe, 0)
+napi_value describe(napi_env env, Instance*, napi_value*) {
   Napi::Env e(env);
   Napi::Object out = Napi::Object::New(e);
   out.Set("isa", kg::cpuKernels().name);
@@ -343,7 +367,7 @@ KG_FUNCTION(describe, 0)
   }
   out.Set("cuda", c);
   return out;
-KG_END
+}
 
 void define(napi_env env, napi_value exports, const char* name, napi_callback f) {
   napi_value value;
@@ -373,29 +397,30 @@ NAPI_MODULE_INIT() {
   // A cleanup hook and not the finalizer of the instance data: it runs while the environment can still release things.
   napi_add_env_cleanup_hook(env, [](void* data) { delete static_cast<Instance*>(data); }, instance);
 
-#define KG_DEFINE(f) define(env, exports, #f, f)
-  KG_DEFINE(openDevice);
-  KG_DEFINE(createStorage);
-  KG_DEFINE(retainStorage);
-  KG_DEFINE(releaseStorage);
-  KG_DEFINE(mapFile);
-  KG_DEFINE(submit);
-  KG_DEFINE(upload);
-  KG_DEFINE(download);
-  KG_DEFINE(downloadSync);
-  KG_DEFINE(synchronize);
-  KG_DEFINE(setSynchronous);
-  KG_DEFINE(setThreads);
-  KG_DEFINE(getThreads);
-  KG_DEFINE(trim);
-  KG_DEFINE(resetPeak);
-  KG_DEFINE(memory);
-  KG_DEFINE(adjustExternal);
-  KG_DEFINE(describe);
+#define KG_DEFINE(f, arity) define(env, exports, #f, guarded<arity, f>)
+  KG_DEFINE(openDevice, 1);
+  KG_DEFINE(createStorage, 3);
+  KG_DEFINE(retainStorage, 2);
+  KG_DEFINE(releaseStorage, 2);
+  KG_DEFINE(mapFile, 2);
+  KG_DEFINE(submit, 0);
+  KG_DEFINE(upload, 4);
+  KG_DEFINE(download, 4);
+  KG_DEFINE(downloadSync, 4);
+  KG_DEFINE(synchronize, 1);
+  KG_DEFINE(setSynchronous, 2);
+  KG_DEFINE(setThreads, 1);
+  KG_DEFINE(getThreads, 0);
+  KG_DEFINE(trim, 1);
+  KG_DEFINE(resetPeak, 1);
+  KG_DEFINE(memory, 1);
+  KG_DEFINE(adjustExternal, 1);
+  KG_DEFINE(describe, 0);
 #undef KG_DEFINE
 
   napi_value buffer, view;
-  if (napi_create_external_arraybuffer(env, instance->commands(), kCommandDoubles * sizeof(double), nullptr, nullptr, &buffer) == napi_ok) {
+  if (napi_create_external_arraybuffer(env, instance->commands(), kCommandDoubles * sizeof(double), nullptr, nullptr,
+                                       &buffer) == napi_ok) {
     napi_create_typedarray(env, napi_float64_array, kCommandDoubles, buffer, 0, &view);
     napi_set_named_property(env, exports, "commands", view);
   }

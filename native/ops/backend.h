@@ -3,11 +3,11 @@
 //
 // A kernel receives views of device memory and plain numbers. It may not read device memory on the host, wait for the
 // device, allocate tensors, or keep anything after it returns: outputs are allocated by the caller. On the CPU it runs
-// on the executor's thread and may use parallelFor; on CUDA it enqueues on `call.stream`. It reports a fault in the data
-// (an index out of range) with kg::fail (CPU) or through the stream's error slot (CUDA).
+// on the executor's thread and may use parallelFor; on CUDA it enqueues on `call.stream`. It reports a fault in the
+// data (an index out of range) with kg::fail (CPU) or through the stream's error slot (CUDA).
 //
-// Unless its comment says otherwise, a kernel takes float32, float64 and bfloat16; all floating tensors of one call have
-// one dtype; bfloat16 accumulates in float32; the value of an output row depends only on its own input row (one
+// Unless its comment says otherwise, a kernel takes float32, float64 and bfloat16; all floating tensors of one call
+// have one dtype; bfloat16 accumulates in float32; the value of an output row depends only on its own input row (one
 // summation order, whatever the batch, the packing and the number of threads).
 #pragma once
 

@@ -6,9 +6,9 @@ namespace kg {
 namespace {
 
 constexpr size_t kAlign = 64;
-constexpr size_t kSmallLimit = 4096;         // up to here: classes of 64 bytes, carved from chunks, never split
-constexpr size_t kSmallChunk = 256 * 1024;   // a chunk is an ordinary large block
-constexpr size_t kSegment = 32u << 20;       // the least that is asked of the source
+constexpr size_t kSmallLimit = 4096;        // up to here: classes of 64 bytes, carved from chunks, never split
+constexpr size_t kSmallChunk = 256 * 1024;  // a chunk is an ordinary large block
+constexpr size_t kSegment = 32u << 20;      // the least that is asked of the source
 constexpr size_t kHugePage = 2u << 20;
 
 size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -61,7 +61,8 @@ void* CachingAllocator::allocateLarge(size_t bytes) {
   if (found == free_.end()) {
     size_t size = bytes < kSegment ? kSegment : roundUp(bytes, kHugePage);
     char* segment = static_cast<char*>(source_.acquire(size));
-    if (!segment && size > roundUp(bytes, kHugePage)) segment = static_cast<char*>(source_.acquire(size = roundUp(bytes, kHugePage)));
+    if (!segment && size > roundUp(bytes, kHugePage))
+      segment = static_cast<char*>(source_.acquire(size = roundUp(bytes, kHugePage)));
     if (!segment) return nullptr;
     reserved_ += size;
     segments_[segment] = size;

@@ -44,9 +44,7 @@ const KernelInfo* kernelInfos() {
   return infos.data();
 }
 
-CudaStatus cudaStatus() {
-  return {false, "this build of keelgrad has no CUDA backend", "use --device cpu"};
-}
+CudaStatus cudaStatus() { return {false, "this build of keelgrad has no CUDA backend", "use --device cpu"}; }
 
 std::unique_ptr<Stream> makeStream(const std::string& device) {
   if (device == "cpu") {

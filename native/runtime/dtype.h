@@ -26,28 +26,41 @@ enum class DType : int32_t {
 
 KG_INLINE size_t dtypeSize(DType t) {
   switch (t) {
-    case DType::F64: return 8;
+    case DType::F64:
+      return 8;
     case DType::F32:
-    case DType::I32: return 4;
+    case DType::I32:
+      return 4;
     case DType::BF16:
-    case DType::F16: return 2;
+    case DType::F16:
+      return 2;
     case DType::U8:
-    case DType::Bool: return 1;
-    case DType::None: return 0;
+    case DType::Bool:
+      return 1;
+    case DType::None:
+      return 0;
   }
   return 0;
 }
 
 KG_INLINE const char* dtypeName(DType t) {
   switch (t) {
-    case DType::F64: return "float64";
-    case DType::F32: return "float32";
-    case DType::I32: return "int32";
-    case DType::BF16: return "bfloat16";
-    case DType::F16: return "float16";
-    case DType::U8: return "uint8";
-    case DType::Bool: return "bool";
-    case DType::None: return "none";
+    case DType::F64:
+      return "float64";
+    case DType::F32:
+      return "float32";
+    case DType::I32:
+      return "int32";
+    case DType::BF16:
+      return "bfloat16";
+    case DType::F16:
+      return "float16";
+    case DType::U8:
+      return "uint8";
+    case DType::Bool:
+      return "bool";
+    case DType::None:
+      return "none";
   }
   return "?";
 }

@@ -52,9 +52,10 @@ char* StorageTable::obtain(size_t bytes) {
   if (!memory) {
     const size_t* t = counters_.byTag;
     constexpr double mib = 1 << 20;
-    fail("out of memory: %.1f MiB asked for; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "
-         "activations %.1f MiB; try a smaller batch, a shorter max length, or LoRA in place of full training",
-         bytes / mib, t[1] / mib, t[2] / mib, t[3] / mib, t[4] / mib, t[0] / mib);
+    fail(
+        "out of memory: %.1f MiB asked for; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "
+        "activations %.1f MiB; try a smaller batch, a shorter max length, or LoRA in place of full training",
+        bytes / mib, t[1] / mib, t[2] / mib, t[3] / mib, t[4] / mib, t[0] / mib);
   }
   char* data = static_cast<char*>(memory);
   if (!guards_) return data;

@@ -42,7 +42,8 @@ struct MemoryCounters {
   size_t byTag[static_cast<int>(Tag::count)] = {};
 };
 
-// What the table asks of its stream, in command order: fill and check guard zones, forget the faults of a former tenant.
+// What the table asks of its stream, in command order: fill and check guard zones, forget the faults of a former
+// tenant.
 struct StreamHooks {
   virtual void filled(char* data, size_t bytes) = 0;
   virtual void check(char* data, size_t bytes) = 0;

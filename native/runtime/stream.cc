@@ -91,8 +91,8 @@ void Stream::publish(Header* header) {
 
 void Stream::launch(KernelId id, const TensorView* tensors, Storage* const* owners, int tensorCount,
                     const double* attributes, int attributeCount) {
-  Header* h = reserve(sizeof(Header) + tensorCount * (sizeof(TensorView) + sizeof(Storage*)) +
-                      attributeCount * sizeof(double));
+  Header* h =
+      reserve(sizeof(Header) + tensorCount * (sizeof(TensorView) + sizeof(Storage*)) + attributeCount * sizeof(double));
   h->kind = Kind::Launch;
   h->kernel = id;
   h->tensorCount = tensorCount;
@@ -201,7 +201,8 @@ void Stream::executorLoop() {
 
 void Stream::execute(Header* h) {
   switch (h->kind) {
-    case Kind::Wrap: return;
+    case Kind::Wrap:
+      return;
     case Kind::Launch:
       if (!stop_) executeKernel(h);
       return;
@@ -218,8 +219,12 @@ void Stream::execute(Header* h) {
       delete h->done;
       return;
     }
-    case Kind::Renew: h->storage->fault.reset(); return;
-    case Kind::Fill: memset(h->data, kGuardByte, h->count); return;
+    case Kind::Renew:
+      h->storage->fault.reset();
+      return;
+    case Kind::Fill:
+      memset(h->data, kGuardByte, h->count);
+      return;
     case Kind::Check:
       for (size_t i = 0; i < StorageTable::kGuard; i++) {
         unsigned char before = h->data[i], after = h->data[h->count - 1 - i];
@@ -254,8 +259,10 @@ void Stream::executeKernel(Header* h) {
   for (int i = 0; i < info.outputs; i++) {
     if (!owners[i]) continue;
     bool whole = tensors[i].numel() * dtypeSize(tensors[i].dtype) == owners[i]->bytes;
-    if (!ran) owners[i]->fault = fault;
-    else if (whole) owners[i]->fault.reset();
+    if (!ran)
+      owners[i]->fault = fault;
+    else if (whole)
+      owners[i]->fault.reset();
   }
 }
 

@@ -1,6 +1,6 @@
-// One queue of a device: commands are enqueued by one thread and run in order by another, so that JavaScript never waits
-// for arithmetic. A command that fails marks its outputs as faulty; what depends on them is skipped and marked too, and
-// the next read reports the first fault with its op's name.
+// One queue of a device: commands are enqueued by one thread and run in order by another, so that JavaScript never
+// waits for arithmetic. A command that fails marks its outputs as faulty; what depends on them is skipped and marked
+// too, and the next read reports the first fault with its op's name.
 #pragma once
 
 #include <atomic>
