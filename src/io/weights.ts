@@ -2,7 +2,7 @@
 
 import { statSync } from 'node:fs';
 import { KeelgradError } from '../errors.js';
-import { cast } from '../ops/movement.js';
+import { cast, clone, contiguous, to } from '../ops/movement.js';
 import type { DType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import { type Device, Storage, withTag } from '../tensor/storage.js';
@@ -57,7 +57,7 @@ export class WeightReader {
           byteOffset: location.begin,
         });
         const copy = withTag('weights', () => copyOf(view, dtype));
-        return device === 'cpu' ? copy : withTag('weights', () => copy.to({ device }));
+        return device === 'cpu' ? copy : withTag('weights', () => to(copy, { device }));
       }),
     );
     this.latest = tensor;
@@ -81,7 +81,7 @@ export class WeightReader {
   }
 }
 
-const copyOf = (view: Tensor, dtype: DType): Tensor => (view.dtype === dtype ? view.clone() : cast(view, dtype));
+const copyOf = (view: Tensor, dtype: DType): Tensor => (view.dtype === dtype ? clone(view) : cast(view, dtype));
 
 /** A tensor as a source for the safetensors writer, cast to `dtype` when its turn comes. */
 export function tensorSource(name: string, tensor: Tensor, dtype: DType): TensorSource {
@@ -90,7 +90,7 @@ export function tensorSource(name: string, tensor: Tensor, dtype: DType): Tensor
     dtype: fileDtypes[dtype]!,
     shape: tensor.shape,
     data: async () => {
-      const converted = detachFromScope(scope(() => cast(tensor, dtype).asContiguous()));
+      const converted = detachFromScope(scope(() => contiguous(cast(tensor, dtype))));
       try {
         return await converted.bytes();
       } finally {

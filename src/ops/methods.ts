@@ -1,6 +1,5 @@
-// The fluent interface: methods of Tensor, each a free function of src/ops.
-import type { DType } from '../tensor/dtype.js';
-import type { Device } from '../tensor/storage.js';
+// The fluent interface: methods of Tensor, each a free function of src/ops. For users: the package itself calls the free
+// functions, so that no module depends on this one having been loaded.
 import { Tensor } from '../tensor/tensor.js';
 import * as elementwise from './elementwise.js';
 import * as movement from './movement.js';
@@ -62,7 +61,7 @@ const methods = {
   squeeze: movement.squeeze,
   slice: movement.slice,
   gatherRows: movement.gatherRows,
-  to: moveTo,
+  to: movement.to,
 };
 
 type Methods = typeof methods;
@@ -71,14 +70,6 @@ type Fluent = { [K in keyof Methods]: Rest<Methods[K]> };
 
 declare module '../tensor/tensor.js' {
   interface Tensor extends Fluent {}
-}
-
-/** The values in another dtype or on another device; on another device the tensor is cut off the tape. */
-function moveTo(x: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
-  const typed = target.dtype ? movement.cast(x, target.dtype) : x.alias();
-  if (!target.device || target.device === x.device) return typed;
-  const values = typed.dataSync();
-  return Tensor.from(values, { shape: x.shape, dtype: typed.dtype, device: target.device });
 }
 
 for (const [name, f] of Object.entries(methods) as [string, (x: Tensor, ...rest: unknown[]) => unknown][])

@@ -4,6 +4,7 @@ import { launch } from '../native/launch.js';
 import { type DType, isFloating } from '../tensor/dtype.js';
 import { owned } from '../tensor/scope.js';
 import { broadcastStrides, contiguousStrides, normalizeAxis, sameShape, sizeOf } from '../tensor/shape.js';
+import type { Device } from '../tensor/storage.js';
 import { defineMaterialize, Tensor } from '../tensor/tensor.js';
 import { mul } from './elementwise.js';
 import { sumTo } from './reduce.js';
@@ -66,6 +67,13 @@ export function cast(x: Tensor, dtype: DType): Tensor {
   const out = copyTo(x, dtype);
   if (!isFloating(dtype) || !isFloating(x.dtype)) return out;
   return record('cast', [x], [out], [], ({ g }) => [cast(g, x.dtype)])[0];
+}
+
+/** The values in another dtype or on another device; on another device the tensor is cut off the tape. Blocks for that. */
+export function to(x: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
+  const typed = target.dtype ? cast(x, target.dtype) : x.alias();
+  if (!target.device || target.device === x.device) return typed;
+  return Tensor.from(typed.dataSync(), { shape: x.shape, dtype: typed.dtype, device: target.device });
 }
 
 /** A contiguous tensor with the same values: itself (aliased) when it is contiguous already. */

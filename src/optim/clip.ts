@@ -1,7 +1,7 @@
 // Global gradient norms and clipping, on the device.
 import { launch } from '../native/launch.js';
-import { add, cast, minimum, mul, notEqual, rdiv } from '../ops/index.js';
-import { zeros } from '../ops/movement.js';
+import { add, minimum, mul, notEqual, rdiv } from '../ops/elementwise.js';
+import { cast, reshape, zeros } from '../ops/movement.js';
 import type { Tensor } from '../tensor/tensor.js';
 
 /** Sum of squares over all tensors: float64 `[1]`, accumulated in float64 in a fixed order. */
@@ -20,6 +20,6 @@ export function clipFactor(norm: Tensor, maxNorm: number): Tensor {
 
 /** float64 `[1]`: 1 where some value is infinite or NaN, else 0. */
 export function nonFinite(values: readonly Tensor[]): Tensor {
-  const probe = values.map((v) => mul(cast(v, 'float64').reshape([1]), 0)).reduce((a, b) => add(a, b));
+  const probe = values.map((v) => mul(reshape(cast(v, 'float64'), [1]), 0)).reduce((a, b) => add(a, b));
   return cast(notEqual(probe, 0), 'float64');
 }

@@ -5,7 +5,7 @@
 // rounded copy in the same pass.
 import { KeelgradError } from '../errors.js';
 import { launch } from '../native/launch.js';
-import { copyInto, zerosLike } from '../ops/movement.js';
+import { cast, copyInto, slice, zerosLike } from '../ops/movement.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import { withTag } from '../tensor/storage.js';
 import { Tensor } from '../tensor/tensor.js';
@@ -78,7 +78,7 @@ export class Optimizer {
   private makeSlot(name: string, t: Tensor, gradient: Tensor | undefined): Slot {
     if (!gradient) throw new KeelgradError(`[Optimizer] parameter ${name} has no gradient buffer`);
     const low = t.dtype === 'bfloat16';
-    const master = low ? detachFromScope(t.cast('float32')) : t;
+    const master = low ? detachFromScope(cast(t, 'float32')) : t;
     const o = this.options;
     const count = o.kind === 'adamw' ? 2 : o.momentum === 0 ? 0 : 1;
     const state = Array.from({ length: count }, () => detachFromScope(zerosLike(master)));
@@ -98,8 +98,8 @@ export class Optimizer {
       scope(() => {
         const device = scalars.factor.device;
         const packed = Tensor.from(Float64Array.of(learningRates[i], this.stepCount, 1, 0), { device });
-        copyInto(packed.slice(0, 2, 3), scalars.factor);
-        copyInto(packed.slice(0, 3, 4), scalars.skip);
+        copyInto(slice(packed, 0, 2, 3), scalars.factor);
+        copyInto(slice(packed, 0, 3, 4), scalars.skip);
         for (const decays of [true, false])
           this.update(
             packed,

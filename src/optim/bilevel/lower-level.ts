@@ -1,7 +1,7 @@
 // The lower level of a bilevel problem: K plain gradient steps from the current point, on a copy (spo.md §2, Eq. 11).
 // The starting map is never written: θ̂ is another map, so nothing that throws in between can lose θ.
 import { addInPlace, mul } from '../../ops/elementwise.js';
-import { cast, copyInto } from '../../ops/movement.js';
+import { cast, clone, copyInto } from '../../ops/movement.js';
 import { detachFromScope, scope } from '../../tensor/scope.js';
 import { withTag } from '../../tensor/storage.js';
 import type { Tensor } from '../../tensor/tensor.js';
@@ -39,7 +39,7 @@ export function descend(
   const copies = (map: ReadonlyMap<string, Tensor>): Map<string, Tensor> =>
     new Map(
       [...map].map(([name, t]) => {
-        const copy = detachFromScope(t.clone());
+        const copy = detachFromScope(clone(t));
         owned.push(copy);
         return [name, copy];
       }),
