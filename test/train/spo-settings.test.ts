@@ -1,0 +1,291 @@
+// One outer iteration of SPO against the recorded settings: F, its parts, its gradient, its terms; and what it is not.
+import { describe, expect, it } from 'vitest';
+import type { PreferenceLossName } from '../../src/objectives/index.js';
+import { preferenceLoss } from '../../src/objectives/index.js';
+import type { Metrics } from '../../src/train/hooks.js';
+import { SpoTask, type SpoTaskOptions } from '../../src/train/spo-task.js';
+import { Trainable } from '../../src/train/task.js';
+import {
+  both,
+  examplesOf,
+  GOLDEN_SPO,
+  gradientOf,
+  groupPart,
+  type ModelName,
+  namesOf,
+  onHost,
+  openSpoModel,
+  type Precision,
+  pairLogProbsOf,
+  readSpo,
+  spoFile,
+} from '../objectives/spo-support.js';
+import { describeWithShared } from '../shared.js';
+import { difference, norm, readTensors, relativeError, type Tensors } from './support.js';
+
+interface Evaluation {
+  readonly metrics: Metrics;
+  readonly gradient: Tensors;
+}
+
+/** What one step measures and accumulates, for the batch taken as these micro-batches. */
+async function evaluate(
+  name: ModelName,
+  dtype: Precision,
+  options: SpoTaskOptions,
+  microBatches: number[][] = [[0, 1, 2, 3]],
+): Promise<Evaluation> {
+  using model = await openSpoModel(name, dtype);
+  const examples = examplesOf(name);
+  const reference = {
+    chosen: Float64Array.from(examples, (e) => e.refChosenLogp!),
+    rejected: Float64Array.from(examples, (e) => e.refRejectedLogp!),
+  };
+  const trainable = new Trainable(model, both);
+  const task = new SpoTask(trainable, examples, reference, options, () => model.backbone);
+  const { losses, metrics } = await task.accumulate({ step: 0, microBatches });
+  const buffers = both.flatMap((g) => [...trainable.gradients.get(g)!.buffers.values()]);
+  const gradient = onHost(namesOf(model), buffers);
+  for (const t of losses) t.dispose();
+  trainable.dispose();
+  return { metrics: await metrics, gradient };
+}
+
+interface Setting {
+  readonly name: string;
+  readonly lambda: number;
+  readonly gamma: number;
+  readonly K: number;
+  readonly alpha: number;
+  readonly over: SpoTaskOptions['normOver'];
+  readonly sft: SpoTaskOptions['sftReduction'];
+  readonly beta: number;
+}
+
+const optionsOf = ({ lambda, gamma, K, alpha, over, sft, beta }: Setting): SpoTaskOptions => ({
+  beta,
+  lambda,
+  gamma,
+  lowerSteps: K,
+  lowerLearningRate: alpha,
+  normOver: over,
+  sftReduction: sft,
+});
+
+// biome-ignore lint/suspicious/noExplicitAny: a recorded setting
+const settingOf = (name: ModelName, setting: string): any =>
+  readSpo(name, 'spo.json').settings.find((s: Setting) => s.name === setting);
+
+const settings: readonly (readonly [ModelName, string])[] = [
+  ...['A', 'B', 'C', 'D', 'E_adapters', 'F_backbone', 'G_token_mean'].map((s) => ['qwen2', s] as const),
+  ...['C', 'E_adapters'].map((s) => ['llama', s] as const),
+];
+
+/** The README's tolerances for float32; float64 as far as another order of summation reaches. */
+const tolerances = {
+  float64: { value: 1e-11, gradient: 1e-10, norm: 1e-10 },
+  float32: { value: 1e-5, gradient: 1e-4, norm: 1e-4 },
+};
+
+const byMax1 = (found: number, expected: number): number =>
+  Math.abs(found - expected) / Math.max(1, Math.abs(expected));
+const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
+
+function expectMetrics(metrics: Metrics, golden: Readonly<Record<string, never>>, tolerance: number): void {
+  const { F, L_DPO, L_pref, L_SFT, L_SFT_K, sft_gap, R } = golden;
+  const expected: Record<string, number> = {
+    loss: F,
+    'spo/dpo': L_DPO ?? L_pref,
+    'spo/sft': L_SFT,
+    'spo/sft_star': L_SFT_K,
+    'spo/sft_gap': sft_gap,
+    ...(golden.gamma === 0 ? { 'spo/regularizer': 0 } : { 'spo/regularizer': R }),
+  };
+  for (const [name, value] of Object.entries(expected))
+    expect(byMax1(metrics[name], value), name).toBeLessThan(tolerance);
+}
+
+const normOf = (gradient: Tensors) => ({
+  total: norm(gradient),
+  theta: norm(groupPart(gradient, 'backbone')),
+  phi: norm(groupPart(gradient, 'adapters')),
+});
+
+describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
+  const cases = settings.flatMap(([name, setting]) =>
+    (['float64', 'float32'] as const).map((dtype) => [name, setting, dtype] as const),
+  );
+
+  it.each(cases)('%s %s in %s', async (name, setting, dtype) => {
+    const golden = settingOf(name, setting);
+    const tolerance = tolerances[dtype];
+    const { metrics, gradient } = await evaluate(name, dtype, optionsOf(golden));
+    expectMetrics(metrics, golden, tolerance.value);
+    expect(byMax1(metrics['logps/chosen'], mean(golden.chosen_logps))).toBeLessThan(tolerance.value);
+    expect(byMax1(metrics['logps/rejected'], mean(golden.rejected_logps))).toBeLessThan(tolerance.value);
+    if (golden.gamma > 0 && golden.over === 'all') {
+      expect(byMax1(metrics['grad_norm/chosen'], mean(golden.norm_g_w))).toBeLessThan(tolerance.value);
+      expect(byMax1(metrics['grad_norm/rejected'], mean(golden.norm_g_l))).toBeLessThan(tolerance.value);
+    }
+    const expected = await readTensors(spoFile(name, 'spo.safetensors'), `${setting}/grad/`);
+    for (const group of both)
+      expect(relativeError(groupPart(gradient, group), groupPart(expected, group)), group).toBeLessThan(
+        tolerance.gradient,
+      );
+    const found = normOf(gradient);
+    for (const block of ['total', 'theta', 'phi'] as const)
+      expect(Math.abs(found[block] / golden.grad_norms[block] - 1)).toBeLessThan(tolerance.norm);
+    for (const [key, value] of Object.entries(golden.grad_norm_by_tensor as Record<string, number>)) {
+      const error = Math.abs(norm(new Map([[key, gradient.get(key)!]])) - value);
+      expect(error / golden.grad_norms.total, key).toBeLessThan(tolerance.norm);
+    }
+  });
+
+  it.each(settings)('%s %s is none of the usual mistakes', async (name, setting) => {
+    const golden = settingOf(name, setting);
+    const found = normOf((await evaluate(name, 'float64', optionsOf(golden))).gradient);
+    for (const [mistake, wrong] of Object.entries(golden.wrong_on_purpose as Record<string, never>)) {
+      const { total, theta, phi } = (wrong as { grad_norms?: typeof found }).grad_norms ?? (wrong as typeof found);
+      const apart = Math.max(
+        Math.abs(found.total / total - 1),
+        Math.abs(found.theta / theta - 1),
+        Math.abs(found.phi / phi - 1),
+      );
+      // Without penalty and regularizer there is nothing to get wrong.
+      if (setting === 'D') expect(apart, mistake).toBeLessThan(1e-10);
+      else expect(apart, mistake).toBeGreaterThan(1e-3);
+    }
+  });
+
+  it.each(settings)('%s %s: the norms of the terms (a) to (e)', async (name, setting) => {
+    const golden = settingOf(name, setting);
+    const options = optionsOf(golden);
+    const plain = (await evaluate(name, 'float64', { ...options, lambda: 0, gamma: 0 })).gradient;
+    const penalized = (await evaluate(name, 'float64', { ...options, gamma: 0 })).gradient;
+    const whole = (await evaluate(name, 'float64', options)).gradient;
+    const penalty = difference(penalized, plain);
+    const regularizer = difference(whole, penalized);
+    const terms: Readonly<Record<string, Tensors>> = {
+      a: groupPart(plain, 'adapters'),
+      b: groupPart(penalty, 'adapters'),
+      c: groupPart(plain, 'backbone'),
+      d: groupPart(penalty, 'backbone'),
+      e: groupPart(regularizer, 'backbone'),
+      e_phi: groupPart(regularizer, 'adapters'),
+    };
+    for (const [term, value] of Object.entries(golden.term_norms as Record<string, number>))
+      expect(byMax1(norm(terms[term]), value), term).toBeLessThan(1e-10);
+    const file = await readTensors(spoFile(name, 'spo.safetensors'), `${setting}/term_`);
+    if (file.size === 0) return;
+    for (const [term, found] of Object.entries(terms)) {
+      const expected = new Map(
+        [...file].filter(([key]) => key.startsWith(`${term}/`)).map(([k, v]) => [k.slice(term.length + 1), v]),
+      );
+      expect(expected.size).toBe(found.size);
+      expect(relativeError(found, expected), term).toBeLessThan(1e-10);
+    }
+  });
+
+  it('the terms shrink with the step size of the lower level as recorded, in float32 as well', async () => {
+    for (const { alpha, sft_gap, norm_term_b } of readSpo('qwen2', 'spo.json').alpha_sweep)
+      for (const dtype of ['float64', 'float32'] as const) {
+        const options = { ...optionsOf(settingOf('qwen2', 'A')), lowerLearningRate: alpha };
+        const { metrics, gradient } = await evaluate('qwen2', dtype, options);
+        const plain = (await evaluate('qwen2', dtype, { ...options, lambda: 0 })).gradient;
+        const b = norm(groupPart(difference(gradient, plain), 'adapters'));
+        // Differences of nearly equal numbers: recorded errors in float32 are 2e-5 (gap) and 4e-4 (b) at the smallest step.
+        expect(Math.abs(metrics['spo/sft_gap'] / sft_gap - 1)).toBeLessThan(dtype === 'float64' ? 1e-10 : 1e-3);
+        expect(Math.abs(b / norm_term_b - 1)).toBeLessThan(dtype === 'float64' ? 1e-9 : 5e-3);
+      }
+  });
+
+  it('accumulation changes nothing: lower level and regularizer see the whole batch', async () => {
+    for (const sft of ['sum', 'token-mean'] as const) {
+      const options = { ...optionsOf(settingOf('qwen2', 'C')), sftReduction: sft };
+      const whole = await evaluate('qwen2', 'float64', options);
+      for (const parts of [
+        [
+          [0, 1],
+          [2, 3],
+        ],
+        [[0], [1], [2], [3]],
+        [[0, 1, 2], [3]],
+      ]) {
+        const { metrics, gradient } = await evaluate('qwen2', 'float64', options, parts);
+        for (const key of [
+          'loss',
+          'spo/dpo',
+          'spo/sft',
+          'spo/sft_star',
+          'spo/regularizer',
+          'grad_norm/chosen',
+          'num_tokens',
+        ])
+          expect(byMax1(metrics[key], whole.metrics[key]), key).toBeLessThan(1e-13);
+        expect(relativeError(gradient, whole.gradient)).toBeLessThan(1e-13);
+      }
+    }
+  });
+
+  it('without lower-level steps the penalty vanishes in φ and stays in θ', async () => {
+    const options = { ...optionsOf(settingOf('qwen2', 'A')), lowerSteps: 0 };
+    const { metrics, gradient } = await evaluate('qwen2', 'float64', options);
+    expect(Math.abs(metrics['spo/sft_gap'])).toBeLessThan(1e-12);
+    expect(byMax1(metrics.loss, metrics['spo/dpo'])).toBeLessThan(1e-12);
+    const plain = (await evaluate('qwen2', 'float64', { ...options, lambda: 0 })).gradient;
+    const adapters = (g: Tensors): Tensors => groupPart(g, 'adapters');
+    expect(relativeError(adapters(gradient), adapters(plain))).toBeLessThan(1e-12);
+    const penalty = groupPart(difference(gradient, plain), 'backbone');
+    const { term_norms } = settingOf('qwen2', 'A');
+    expect(Math.abs(norm(penalty) / term_norms.d - 1)).toBeLessThan(1e-10);
+  });
+
+  const losses: readonly (readonly [string, PreferenceLossName])[] = [
+    ['dpo', 'sigmoid'],
+    ['ipo', 'ipo_sum'],
+    ['ipo_mean', 'ipo'],
+    ['robust', 'robust'],
+  ];
+  describe.each(losses)('with the loss %s', (recorded, lossType) => {
+    const goldenLoss = () => {
+      const { setting, losses: all } = readSpo('qwen2', 'losses.json');
+      const golden = all.find((entry: { loss: string }) => entry.loss === recorded);
+      const loss = {
+        beta: golden.beta,
+        lossType,
+        ...(golden.label_smoothing !== undefined && { labelSmoothing: golden.label_smoothing }),
+      };
+      return { setting, golden, loss };
+    };
+
+    it('value, derivatives and gradient norms of the loss alone', async () => {
+      const { golden, loss } = goldenLoss();
+      using model = await openSpoModel('qwen2', 'float64');
+      const { value, gradient } = gradientOf(model, (p) =>
+        preferenceLoss(pairLogProbsOf(model, p, examplesOf('qwen2')), loss),
+      );
+      expect(byMax1(value, golden.L_pref)).toBeLessThan(1e-12);
+      const found = normOf(gradient);
+      for (const block of ['total', 'theta', 'phi'] as const)
+        expect(Math.abs(found[block] / golden.grad_norms_L_pref[block] - 1)).toBeLessThan(1e-11);
+    });
+
+    it.each(['float64', 'float32'] as const)('F and its gradient in %s', async (dtype) => {
+      const { setting, golden, loss } = goldenLoss();
+      const tolerance = tolerances[dtype];
+      const options = { ...optionsOf({ ...setting, name: recorded, beta: loss.beta }), ...loss };
+      const { metrics, gradient } = await evaluate('qwen2', dtype, options);
+      expectMetrics(metrics, golden, tolerance.value);
+      const expected = await readTensors(spoFile('qwen2', 'losses.safetensors'), `${recorded}/grad/`);
+      for (const group of both)
+        expect(relativeError(groupPart(gradient, group), groupPart(expected, group)), group).toBeLessThan(
+          tolerance.gradient,
+        );
+      const found = normOf(gradient);
+      for (const block of ['total', 'theta', 'phi'] as const)
+        expect(Math.abs(found[block] / golden.grad_norms_F[block] - 1)).toBeLessThan(tolerance.norm);
+      for (const [key, value] of Object.entries(golden.grad_norm_by_tensor_F as Record<string, number>))
+        expect(byMax1(norm(new Map([[key, gradient.get(key)!]])), value), key).toBeLessThan(tolerance.norm);
+    });
+  });
+});

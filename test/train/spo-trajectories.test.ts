@@ -1,0 +1,173 @@
+// Eight outer iterations of Algorithm 1 against every recorded run: every step, and where parameters end.
+import { expect, it } from 'vitest';
+import type { Metrics } from '../../src/train/hooks.js';
+import {
+  GOLDEN_SPO,
+  type ModelName,
+  readSpo,
+  recordedBatches,
+  recordsOf,
+  spoFile,
+  spoPath,
+} from '../objectives/spo-support.js';
+import { describeWithShared } from '../shared.js';
+import {
+  errorOfMove,
+  type Given,
+  readTensors,
+  savedAdapter,
+  savedModel,
+  type Tensors,
+  temporaryFolder,
+  train,
+} from './support.js';
+
+interface RecordedRun {
+  readonly name: string;
+  readonly steps: number;
+  readonly steps_run: readonly RecordedIteration[];
+  readonly [setting: string]: unknown;
+}
+
+interface RecordedIteration {
+  readonly batch: number;
+  readonly F: number;
+  readonly L_DPO: number;
+  readonly L_SFT: number;
+  readonly L_SFT_K: number;
+  readonly sft_gap: number;
+  readonly R: number;
+  readonly grad_norms: { readonly total: number; readonly theta: number; readonly phi: number };
+  readonly chosen_logps: number[];
+  readonly rejected_logps: number[];
+  readonly norm_g_w: number[];
+  readonly norm_g_l: number[];
+}
+
+const runNames: readonly (readonly [ModelName, string])[] = [
+  ...['sgd', 'adamw'].flatMap((optimizer) =>
+    ['gamma0_k1_noclip', 'gamma0.2_k1_clip1', 'gamma0_k2_clip1', 'gamma0.2_k2_noclip', 'gamma0.2_k1_clip30'].map(
+      (rest) => ['qwen2', `${optimizer}_${rest}`] as const,
+    ),
+  ),
+  ['llama', 'sgd_gamma0.2_k2_noclip'],
+  ['llama', 'adamw_gamma0.2_k1_clip1'],
+];
+
+const recordedRun = (name: ModelName, run: string): RecordedRun =>
+  readSpo(name, 'trajectories.json').runs.find((r: RecordedRun) => r.name === run);
+
+function optionsOf(name: ModelName, run: RecordedRun, data: string): Given {
+  return {
+    model: spoPath(name, 'model'),
+    adapter: spoPath(name, 'adapter'),
+    data,
+    'batch-size': 4,
+    'max-steps': run.steps,
+    'no-shuffle': true,
+    beta: run.beta,
+    lambda: run.lambda,
+    gamma: run.gamma,
+    'lower-steps': run.K,
+    'lower-learning-rate': run.alpha,
+    'learning-rate-backbone': run.lr_backbone,
+    'learning-rate-adapters': run.lr_adapters,
+    'lr-schedule': 'constant',
+    optimizer: run.optimizer,
+    'weight-decay': run.weight_decay,
+    ...((run.weight_decay as number) > 0 && { 'weight-decay-params': 'all' }),
+    'max-grad-norm': run.max_grad_norm ?? 0,
+    'norm-over': run.over,
+    'sft-reduction': run.sft,
+  };
+}
+
+const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
+
+/** What a recorded iteration says of our metrics. */
+function expectedMetrics(step: RecordedIteration, gamma: number): Record<string, number> {
+  return {
+    loss: step.F,
+    'spo/dpo': step.L_DPO,
+    'spo/sft': step.L_SFT,
+    'spo/sft_star': step.L_SFT_K,
+    'spo/sft_gap': step.sft_gap,
+    grad_norm: step.grad_norms.total,
+    'grad_norm/backbone': step.grad_norms.theta,
+    'grad_norm/adapters': step.grad_norms.phi,
+    'logps/chosen': mean(step.chosen_logps),
+    'logps/rejected': mean(step.rejected_logps),
+    ...(gamma > 0 && {
+      'spo/regularizer': step.R,
+      'grad_norm/chosen': mean(step.norm_g_w),
+      'grad_norm/rejected': mean(step.norm_g_l),
+      'spo/active_fraction': mean(step.norm_g_w.map((n, i) => Number(n > step.norm_g_l[i]))),
+    }),
+  };
+}
+
+const largestError = (found: readonly Metrics[], run: RecordedRun): number =>
+  Math.max(
+    ...run.steps_run.flatMap((step, i) =>
+      Object.entries(expectedMetrics(step, run.gamma as number)).map(([key, value]) => {
+        const error = Math.abs(found[i][key] - value) / Math.max(1, Math.abs(value));
+        return Number.isNaN(error) ? Number.POSITIVE_INFINITY : error;
+      }),
+    ),
+  );
+
+const startOf = async (name: ModelName): Promise<{ theta: Tensors; phi: Tensors }> => ({
+  theta: await readTensors(spoPath(name, 'model', 'model.safetensors')),
+  phi: await readTensors(spoPath(name, 'adapter', 'adapter_model.safetensors')),
+});
+
+describeWithShared('the trajectories of golden/spo', GOLDEN_SPO, () => {
+  const folder = temporaryFolder();
+
+  async function follow(name: ModelName, runName: string, dtype: string) {
+    const run = recordedRun(name, runName);
+    const cycling = run.batches === 'cycle';
+    expect(run.steps_run.map((step) => step.batch)).toEqual(run.steps_run.map((_, i) => (cycling ? i % 2 : 0)));
+    const rows = recordsOf(
+      recordedBatches(name)
+        .slice(0, cycling ? 2 : 1)
+        .flat(),
+    );
+    const done = await train('spo', { ...optionsOf(name, run, folder.write('pairs.json', rows)), dtype });
+    expect(done.metrics).toHaveLength(run.steps);
+    const file = await readTensors(spoFile(name, `trajectories/${runName}.safetensors`), 'final/');
+    const part = (adapters: boolean): Tensors =>
+      new Map([...file].filter(([key]) => key.includes('.lora_') === adapters));
+    const start = await startOf(name);
+    return {
+      metrics: largestError(done.metrics, run),
+      theta: errorOfMove(await savedModel(done.result.output), part(false), start.theta),
+      phi: errorOfMove(await savedAdapter(done.result.output), part(true), start.phi),
+      done,
+      run,
+    };
+  }
+
+  it.each(runNames)('%s %s in float64', async (name, runName) => {
+    const { metrics, theta, phi, done, run } = await follow(name, runName, 'float64');
+    expect(metrics).toBeLessThan(1e-9);
+    expect(theta).toBeLessThan(1e-8);
+    expect(phi).toBeLessThan(1e-8);
+    for (const step of done.metrics) {
+      expect(step['learning_rate/backbone']).toBe(run.lr_backbone);
+      expect(step['learning_rate/adapters']).toBe(run.lr_adapters);
+    }
+  });
+
+  // The README's tolerances: 1e-4 for F and R, 1e-3 of the move for parameters.
+  it.each([
+    ['qwen2', 'adamw_gamma0.2_k2_noclip'],
+    ['qwen2', 'sgd_gamma0_k2_clip1'],
+    ['llama', 'adamw_gamma0.2_k1_clip1'],
+  ] as const)('%s %s in float32', async (name, runName) => {
+    const { metrics, theta, phi } = await follow(name, runName, 'float32');
+    expect(metrics).toBeLessThan(1e-4);
+    expect(theta).toBeLessThan(1e-3);
+    expect(phi).toBeLessThan(1e-3);
+  });
+});
