@@ -1,9 +1,8 @@
 // Finds and loads the native addon; the only file that touches the `.node` file. Loading is lazy: importing keelgrad
 // costs nothing until the first tensor.
 import { createRequire } from 'node:module';
-import { dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import { KeelgradError } from '../errors.js';
+import { packageRoot } from '../package-root.js';
 
 /** One row of the kernel contract (native/ops): names of tensors and attributes, separated by spaces. */
 export interface KernelSignature {
@@ -41,7 +40,6 @@ export interface Addon {
   };
 }
 
-const packageRoot = join(dirname(fileURLToPath(import.meta.url)), '..', '..');
 let loaded: Addon | undefined;
 let location = '';
 
@@ -52,7 +50,7 @@ export function addon(): Addon {
   try {
     const override = process.env.KEELGRAD_ADDON;
     const load = require('node-gyp-build') as { (root: string): Addon; path(root: string): string };
-    location = override ?? load.path(packageRoot);
+    location = override ?? load.path(packageRoot());
     loaded = require(location) as Addon;
   } catch (cause) {
     throw new KeelgradError(

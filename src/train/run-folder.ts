@@ -5,6 +5,7 @@ import { closeSync, mkdirSync, openSync, readFileSync, writeSync } from 'node:fs
 import { readdir, readFile, realpath, rm } from 'node:fs/promises';
 import { join, resolve, sep } from 'node:path';
 import { KeelgradError } from '../errors.js';
+import { packageRoot } from '../package-root.js';
 import { writeJsonAtomic } from '../io/atomic.js';
 import type { Method, Value } from './option-table.js';
 
@@ -119,9 +120,9 @@ async function removeEarlierRun(output: string): Promise<void> {
   }
 }
 
-/** This package's version, from the package.json that lies two folders up in sources and build alike. */
+/** This package's version. */
 export function packageVersion(): string {
-  const manifest = readFileSync(new URL('../../package.json', import.meta.url), 'utf8');
+  const manifest = readFileSync(join(packageRoot(), 'package.json'), 'utf8');
   return (JSON.parse(manifest) as { version: string }).version;
 }
 
