@@ -129,13 +129,13 @@ class Instance {
   }
 
   static void deliver(napi_env env, napi_value, void* context, void*) {
+    if (!env) return;  // the environment has ended, and the instance with it
     auto* self = static_cast<Instance*>(context);
     std::deque<Completion> done;
     {
       std::lock_guard<std::mutex> lock(self->mutex_);
       done.swap(self->completed_);
     }
-    if (!env) return;
     for (Completion& c : done) {
       napi_value value;
       if (c.fault) {
