@@ -60,6 +60,9 @@ interface Group {
   slots: Slot[];
 }
 
+/** The tensors of a slot that are not its caller's. */
+const ownedBy = (slot: Slot): Tensor[] => (slot.rounded ? [slot.master, ...slot.state] : slot.state);
+
 export class Optimizer {
   private readonly groups: Group[];
   private readonly options: OptimizerOptions;
@@ -67,21 +70,26 @@ export class Optimizer {
 
   constructor(groups: readonly ParameterGroup[], options: OptimizerOptions) {
     this.options = options;
-    this.groups = withTag('optimizer', () =>
-      groups.map((g) => ({
-        name: g.name,
-        slots: [...g.parameters].map(([name, t]) => this.makeSlot(name, t, g.gradients.get(name))),
-      })),
-    );
+    this.groups = [];
+    // All or nothing: what was made before something throws goes with the scope.
+    scope(() => {
+      for (const g of groups) {
+        const slots = [...g.parameters].map(([name, t]) => this.makeSlot(name, t, g.gradients.get(name)));
+        this.groups.push({ name: g.name, slots });
+      }
+      for (const g of this.groups) for (const slot of g.slots) for (const t of ownedBy(slot)) detachFromScope(t);
+    });
   }
 
   private makeSlot(name: string, t: Tensor, gradient: Tensor | undefined): Slot {
     if (!gradient) throw new KeelgradError(`[Optimizer] parameter ${name} has no gradient buffer`);
     const low = t.dtype === 'bfloat16';
-    const master = low ? detachFromScope(cast(t, 'float32')) : t;
     const o = this.options;
     const count = o.kind === 'adamw' ? 2 : o.momentum === 0 ? 0 : 1;
-    const state = Array.from({ length: count }, () => detachFromScope(zerosLike(master)));
+    const { master, state } = withTag('optimizer', () => {
+      const held = low ? cast(t, 'float32') : t;
+      return { master: held, state: Array.from({ length: count }, () => zerosLike(held)) };
+    });
     const decays = (o.decays ?? ((_, p) => p.ndim >= 2))(name, t);
     return { name, master, rounded: low ? t : null, gradient, state, decays };
   }
@@ -131,10 +139,6 @@ export class Optimizer {
   }
 
   dispose(): void {
-    for (const g of this.groups)
-      for (const s of g.slots) {
-        for (const t of s.state) t.dispose();
-        if (s.rounded) s.master.dispose();
-      }
+    for (const g of this.groups) for (const slot of g.slots) for (const t of ownedBy(slot)) t.dispose();
   }
 }
