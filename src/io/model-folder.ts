@@ -7,7 +7,7 @@ import { CausalLM } from '../models/causal-lm.js';
 import { type ModelFileDtype, readModelConfig, serializeModelConfig } from '../models/config.js';
 import { LM_HEAD, linearModules, type ParameterMap, parameterShapes } from '../models/parameters.js';
 import type { LoraSpec } from '../nn/lora.js';
-import { accumulationDType, type DType } from '../tensor/dtype.js';
+import { type DType, policyOf } from '../tensor/dtype.js';
 import { sameShape } from '../tensor/shape.js';
 import type { Device } from '../tensor/storage.js';
 import { writeFileAtomic } from './atomic.js';
@@ -160,7 +160,7 @@ export async function loadAdapter(model: CausalLM, folder: string): Promise<void
   for (const module of order)
     for (const matrix of ['A', 'B'] as const) locations.set(adapterKey(module, matrix), modules.get(module)![matrix]);
   model.requireNoLora();
-  const dtype = accumulationDType(model.dtype);
+  const dtype = policyOf(model.dtype).adapters;
   const adapters = await readAll([...locations.keys()], (key) => locations.get(key)!, dtype, model.device);
   model.attachLora({ config, modules: order }, { adapters });
 }

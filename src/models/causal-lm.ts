@@ -10,7 +10,7 @@ import { linear } from '../ops/product.js';
 import { randomUniform } from '../ops/random.js';
 import type { SegmentLayout } from '../ops/segments.js';
 import { groupedQueryAttention, loraLinear, rmsNorm, rotaryEmbedding, swiglu } from '../ops/transformer.js';
-import { accumulationDType, type DType } from '../tensor/dtype.js';
+import { accumulationDType, type DType, policyOf } from '../tensor/dtype.js';
 import { scope } from '../tensor/scope.js';
 import type { Device } from '../tensor/storage.js';
 import type { Tensor } from '../tensor/tensor.js';
@@ -76,7 +76,7 @@ export class CausalLM {
   attachLora(lora: LoraSpec, options: { seed?: number; adapters?: ParameterMap } = {}): void {
     this.requireNoLora();
     const { seed = 42, adapters } = options;
-    const settings = { seed, dtype: accumulationDType(this.dtype), device: this.device };
+    const settings = { seed, dtype: policyOf(this.dtype).adapters, device: this.device };
     this.adapters = adapters ?? initializeAdapters(lora, linearModules(this.config), settings);
     this.lora = lora;
   }

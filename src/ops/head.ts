@@ -20,6 +20,8 @@ export interface HeadStatistics {
 
 export interface HeadOptions {
   statistics?: boolean;
+  /** int32 `[Q]`: ids whose log-probabilities are wanted at every row, off the tape. */
+  probes?: Tensor | null;
 }
 
 /** vocabHead's log-probabilities from primitive ops. */
@@ -31,6 +33,8 @@ export function headDefinition(hidden: Tensor, weight: Tensor, rows: Tensor, ids
  * Log-probabilities of targets: `[N]` in float32 (float64 for float64), entry n = log softmax(hidden[row[n]] weightᵀ)[id[n]], for
  * hidden `[R, H]`, weight `[V, H]`, int32 rows `[N]` and ids `[N]`. A row may serve several targets, or none.
  *
+ * `probeLogProbs` is `[R, Q]`; null without probes.
+ *
  * @throws at the next read where an id is outside [0, V) or a row outside [0, R)
  */
 export function vocabHead(
@@ -39,7 +43,7 @@ export function vocabHead(
   rows: Tensor,
   ids: Tensor,
   options: HeadOptions = {},
-): { logProbs: Tensor; statistics: HeadStatistics | null } {
+): { logProbs: Tensor; statistics: HeadStatistics | null; probeLogProbs: Tensor | null } {
   if (hidden.ndim !== 2 || weight.ndim !== 2 || hidden.shape[1] !== weight.shape[1] || hidden.dtype !== weight.dtype)
     throw new RangeError(
       `[vocabHead] expected hidden [R, H] and weight [V, H] of one dtype, found ${hidden.describe()} and ${weight.describe()}`,
@@ -48,7 +52,11 @@ export function vocabHead(
     throw new RangeError(
       `[vocabHead] expected int32 rows and ids of one length, found ${rows.describe()} and ${ids.describe()}`,
     );
+  const probes = options.probes ?? null;
+  if (probes && (probes.dtype !== 'int32' || probes.ndim !== 1))
+    throw new TypeError(`[vocabHead] expected int32 probes [Q], found ${probes.describe()}`);
   const dtype = accumulationDType(hidden.dtype);
+  const probeLogProbs = probes && fill(emptyLike(hidden, [hidden.shape[0], probes.size], dtype), 0);
   const stats = options.statistics ? fill(emptyLike(hidden, [hidden.shape[0], 4], dtype), 0) : null;
   const logProbs = fused({
     name: 'vocabHead',
@@ -57,7 +65,7 @@ export function vocabHead(
       const output = emptyLike(hidden, [ids.size], dtype);
       const lse = emptyLike(hidden, [hidden.shape[0]], dtype);
       const kernel = [hidden, weight, rows, ids].map((t) => contiguous(t.detach()));
-      if (hidden.size > 0) launch('vocabHead', [output, lse, stats, null, ...kernel, null]);
+      if (hidden.size > 0) launch('vocabHead', [output, lse, stats, probeLogProbs, ...kernel, probes]);
       for (const t of kernel) t.dispose();
       return { output, saved: [lse, rows, ids] };
     },
@@ -71,7 +79,7 @@ export function vocabHead(
       return [dhidden, sink ? null : dweight];
     },
   });
-  return { logProbs, statistics: stats && columns(stats) };
+  return { logProbs, statistics: stats && columns(stats), probeLogProbs };
 }
 
 function columns(stats: Tensor): HeadStatistics {

@@ -1,7 +1,7 @@
 // Products: matmul and linear, over one kernel that takes any strides.
 import { type Contribution, record } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
-import { accumulationDType, isFloating, promote } from '../tensor/dtype.js';
+import { isFloating, policyOf, promote } from '../tensor/dtype.js';
 import { broadcastShapes, broadcastStrides } from '../tensor/shape.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { mul } from './elementwise.js';
@@ -123,7 +123,7 @@ export function linear(x: Tensor, weight: Tensor, bias: Tensor | null = null): T
 
 /** A zeroed accumulation buffer for the gradient of `like`: float32 for bfloat16, else its dtype. */
 export function gradientBuffer(like: Tensor): Tensor {
-  const t = emptyLike(like, like.shape, accumulationDType(like.dtype));
+  const t = emptyLike(like, like.shape, policyOf(like.dtype).gradients);
   launch('fill', [t], [0]);
   return t;
 }

@@ -6,6 +6,7 @@
 import { KeelgradError } from '../errors.js';
 import { launch } from '../native/launch.js';
 import { cast, copyInto, slice, zerosLike } from '../ops/movement.js';
+import { policyOf } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import { withTag } from '../tensor/storage.js';
 import { Tensor } from '../tensor/tensor.js';
@@ -83,11 +84,11 @@ export class Optimizer {
 
   private makeSlot(name: string, t: Tensor, gradient: Tensor | undefined): Slot {
     if (!gradient) throw new KeelgradError(`[Optimizer] parameter ${name} has no gradient buffer`);
-    const low = t.dtype === 'bfloat16';
+    const low = policyOf(t.dtype).master !== t.dtype;
     const o = this.options;
     const count = o.kind === 'adamw' ? 2 : o.momentum === 0 ? 0 : 1;
     const { master, state } = withTag('optimizer', () => {
-      const held = low ? cast(t, 'float32') : t;
+      const held = low ? cast(t, policyOf(t.dtype).master) : t;
       return { master: held, state: Array.from({ length: count }, () => zerosLike(held)) };
     });
     const decays = (o.decays ?? ((_, p) => p.ndim >= 2))(name, t);

@@ -36,8 +36,53 @@ export function promote(a: DType, b: DType): DType {
   return dtypes[a].rank > dtypes[b].rank ? a : b;
 }
 
-/** The dtype in which sums over `dtype` are kept: float64 for float64, float32 for other floating types. */
-export const accumulationDType = (dtype: DType): 'float32' | 'float64' => (dtype === 'float64' ? 'float64' : 'float32');
+/** The dtypes that models compute in. */
+export type ComputeDType = 'float32' | 'float64' | 'bfloat16';
+
+/** What is kept in which dtype while a model computes in another. */
+export interface DTypePolicy {
+  /** Backbone weights as the kernels read them, activations, the residual stream. */
+  compute: ComputeDType;
+  /** Sums inside kernels, log-probabilities, norm and attention statistics, rotary tables, losses. */
+  reductions: 'float32' | 'float64';
+  /** Buffers in which gradients are accumulated. */
+  gradients: 'float32' | 'float64';
+  /** The weights that the optimizer steps, and its moments. */
+  master: 'float32' | 'float64';
+  /** LoRA matrices beside the backbone. */
+  adapters: 'float32' | 'float64';
+  /** Saved weights, unless a cast is asked for: rounding AdamW's small updates to bfloat16 would lose most of them. */
+  files: 'float32' | 'float64';
+}
+
+const wide = {
+  reductions: 'float32',
+  gradients: 'float32',
+  master: 'float32',
+  adapters: 'float32',
+  files: 'float32',
+} as const;
+const widest = {
+  reductions: 'float64',
+  gradients: 'float64',
+  master: 'float64',
+  adapters: 'float64',
+  files: 'float64',
+} as const;
+
+/** The one table of dtype decisions, by compute dtype. Everything that allocates asks it. */
+export const dtypePolicies: Readonly<Record<ComputeDType, DTypePolicy>> = {
+  float32: { compute: 'float32', ...wide },
+  bfloat16: { compute: 'bfloat16', ...wide },
+  float64: { compute: 'float64', ...widest },
+};
+
+/** The row of the table for tensors of `dtype`; dtypes that nothing computes in are treated as float32. */
+export const policyOf = (dtype: DType): DTypePolicy =>
+  dtype === 'float64' || dtype === 'bfloat16' ? dtypePolicies[dtype] : dtypePolicies.float32;
+
+/** The dtype in which sums over `dtype` are kept: `reductions` of the table. */
+export const accumulationDType = (dtype: DType): 'float32' | 'float64' => policyOf(dtype).reductions;
 
 /** A zeroed host array for `count` elements. Only dtypes that JavaScript has an array for. */
 export function hostArray(dtype: DType, count: number): HostArray {

@@ -1,5 +1,6 @@
 // Every option of every command, once: types, checks, defaults, help and config keys all come from this table.
-// Data only: it must import nothing and know nothing of models, data or the command line's parser.
+// Data only: it imports nothing but the table of dtypes and knows nothing of models, data or the command line's parser.
+import { type DType, policyOf } from '../tensor/dtype.js';
 
 export const methods = ['sft', 'dpo', 'spo', 'score', 'demo', 'info'] as const;
 export type Method = (typeof methods)[number];
@@ -127,7 +128,7 @@ export const optionTable = {
     choices: ['float32', 'float64', 'bfloat16', 'float16'],
     default: {
       text: 'float32; float64 with --dtype float64',
-      value: (chosen: Chosen) => (chosen.dtype === 'float64' ? 'float64' : 'float32'),
+      value: (chosen: Chosen) => policyOf(chosen.dtype as DType).files,
     },
     help: 'dtype of saved weights',
   },

@@ -39,6 +39,28 @@ const statistics = (hidden: InputSpec, weight: InputSpec, more: More = {}): OpCa
     ...more,
   });
 
+/** Log-probabilities of given ids at every row: targets in all combinations, for the reference. */
+const probes = (hidden: InputSpec, weight: InputSpec, wanted: readonly number[]): OpCase =>
+  headCase(hidden, weight, integers([1], [0]), integers([wanted.length], wanted), {
+    run: (_, h, w, r, t) => {
+      const { logProbs, probeLogProbs } = vocabHead(h, w, r, t.slice(0, 0, 1), { probes: t });
+      return [logProbs, probeLogProbs!];
+    },
+    reference: (at, h, w, r, t) => {
+      const [count, asked] = [h.shape[0], t.values.length];
+      const all = Array.from({ length: count * asked }, (_, i) => i);
+      const rows = host([all.length], Float64Array.from(all, (i) => Math.floor(i / asked)));
+      const ids = host([all.length], Float64Array.from(all, (i) => t.values[i % asked]));
+      const first = host([1], t.values.slice(0, 1));
+      const answers = [reference.vocabHead(h, w, r, first), reference.vocabHead(h, w, rows, ids)];
+      const shapes = [[1], [count, asked]];
+      return answers.map((x, i) => host(shapes[i], x.logProbs.values, accumulation(at.dtype)));
+    },
+    definition: undefined,
+    differentiable: false,
+    note: 'probes',
+  });
+
 const several = integers([5], [0, 0, 2, 3, 2]);
 
 const bench = (rows: number, width: number, vocabulary: number): OpCase =>
@@ -69,6 +91,8 @@ export const headCases = (): OpCase[] => [
   }),
   statistics(input([4, 3]), input([7, 3])),
   statistics(input([19, 64], -1, 1, 'transposed'), input([4099, 64])),
+  probes(input([4, 3]), input([7, 3]), [6, 0, 2]),
+  probes(input([19, 64]), input([4099, 64]), [4098, 17, 2048, 2047, 17]),
   bench(512, 576, 49152),
   bench(128, 896, 151936),
 ];
