@@ -219,3 +219,22 @@ export function expectSummary(found: Tensors, summary: Readonly<Record<string, S
     expect(Math.abs(values[values.length - 1] - s.last), `${name} last`).toBeLessThan(scale);
   }
 }
+
+/** Preference pairs as token ids that fit every fixture model: a fixed list of `count`, prompts and responses of mixed lengths. */
+export const fixturePairs = (count: number): object[] =>
+  Array.from({ length: count }, (_, i) => {
+    const word = (salt: number, length: number): number[] =>
+      Array.from({ length }, (_, k) => 4 + ((i * 31 + salt * 17 + k * k * 7 + k * 3) % 56));
+    return {
+      prompt_ids: word(1, 1 + (i % 4)),
+      chosen_ids: [...word(2, 1 + ((i * 2) % 5)), 2],
+      rejected_ids: [...word(3, 1 + ((i * 3) % 4)), 2],
+    };
+  });
+
+/** The chosen halves of fixturePairs as SFT records. */
+export const fixtureCompletions = (count: number): object[] =>
+  fixturePairs(count).map((pair) => {
+    const { prompt_ids, chosen_ids } = pair as { prompt_ids: number[]; chosen_ids: number[] };
+    return { prompt_ids, completion_ids: chosen_ids };
+  });

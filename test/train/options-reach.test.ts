@@ -1,0 +1,189 @@
+// Every option reaches the numbers: a run with one of them changed ends at other weights, or saves them differently.
+import { createHash } from 'node:crypto';
+import { existsSync, readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { beforeAll, describe, expect, it } from 'vitest';
+import { type OptionKey, optionsOf, type TrainMethod } from '../../src/train/options.js';
+import { makeModelFolder } from '../fixtures/make.js';
+import { fixtureCompletions, fixturePairs, type Given, temporaryFolder, train } from './support.js';
+
+const folder = temporaryFolder();
+let model: string;
+let adapter: string;
+
+beforeAll(async () => {
+  model = await makeModelFolder(folder.path('model'), 'qwen2');
+  const data = folder.write('adapter.json', fixtureCompletions(4));
+  // An adapter that is neither new nor zero, of another rank than the default.
+  const made = await train('sft', {
+    model,
+    data,
+    'max-steps': 2,
+    'learning-rate': 0.05,
+    'lora-r': 3,
+    output: folder.path('sft'),
+  });
+  adapter = join(made.result.output, 'adapter');
+});
+
+/** What a run left, but its metrics: two runs that agree here trained alike. */
+function savedBytes(output: string): string {
+  const hash = createHash('sha256');
+  for (const file of ['model/model.safetensors', 'adapter/adapter_model.safetensors'])
+    if (existsSync(join(output, file))) hash.update(file).update(readFileSync(join(output, file)));
+  return hash.digest('hex');
+}
+
+async function fingerprint(method: TrainMethod, given: Given): Promise<string> {
+  const data = folder.write(`${method}.json`, method === 'sft' ? fixtureCompletions(7) : fixturePairs(7));
+  return savedBytes((await train(method, { model, data, ...given })).result.output);
+}
+
+interface Change {
+  readonly option: OptionKey;
+  /** The options that differ from the method's base, and from `beside` where that is given. */
+  readonly change: () => Given;
+  /** What has to be set for the option to have a part. */
+  readonly beside?: () => Given;
+}
+
+const nothing = (): Given => ({});
+
+const common: readonly Change[] = [
+  { option: 'learningRate', change: () => ({ 'learning-rate': 2e-3 }) },
+  { option: 'lrSchedule', change: () => ({ 'lr-schedule': 'cosine' }) },
+  { option: 'warmupSteps', change: () => ({ 'warmup-steps': 2 }) },
+  { option: 'warmupRatio', change: () => ({ 'warmup-ratio': 0.5 }) },
+  { option: 'optimizer', change: () => ({ optimizer: 'sgd' }) },
+  { option: 'adamBeta1', change: () => ({ 'adam-beta1': 0.5 }) },
+  { option: 'adamBeta2', change: () => ({ 'adam-beta2': 0.9 }) },
+  { option: 'adamEpsilon', change: () => ({ 'adam-epsilon': 1e-2 }) },
+  { option: 'momentum', beside: () => ({ optimizer: 'sgd' }), change: () => ({ momentum: 0.9 }) },
+  { option: 'weightDecay', change: () => ({ 'weight-decay': 0.1 }) },
+  {
+    option: 'weightDecayParams',
+    beside: () => ({ 'weight-decay': 0.1 }),
+    change: () => ({ 'weight-decay-params': 'all' }),
+  },
+  { option: 'maxGradNorm', change: () => ({ 'max-grad-norm': 0.01 }) },
+  { option: 'maxSteps', change: () => ({ 'max-steps': 4 }) },
+  { option: 'epochs', beside: () => ({ 'max-steps': undefined, epochs: 1 }), change: () => ({ epochs: 1.5 }) },
+  { option: 'batchSize', change: () => ({ 'batch-size': 3 }) },
+  { option: 'gradientAccumulationSteps', change: () => ({ 'gradient-accumulation-steps': 2 }) },
+  { option: 'maxLength', change: () => ({ 'max-length': 4 }) },
+  { option: 'shuffle', change: () => ({ 'no-shuffle': true }) },
+  { option: 'seed', change: () => ({ seed: 43 }) },
+  { option: 'dtype', change: () => ({ dtype: 'float64', 'save-dtype': 'float32' }) },
+  { option: 'dtype', change: () => ({ dtype: 'bfloat16' }) },
+  { option: 'saveDtype', change: () => ({ 'save-dtype': 'bfloat16' }) },
+  { option: 'loraR', change: () => ({ 'lora-r': 4 }) },
+  { option: 'loraAlpha', change: () => ({ 'lora-alpha': 8 }) },
+  { option: 'loraTargets', change: () => ({ 'lora-targets': 'q_proj,v_proj' }) },
+  { option: 'rslora', change: () => ({ rslora: true }) },
+  { option: 'adapter', change: () => ({ adapter }) },
+];
+
+const preference: readonly Change[] = [
+  { option: 'beta', change: () => ({ beta: 0.9 }) },
+  { option: 'reference', change: () => ({ reference: 'none' }) },
+  { option: 'reference', beside: () => ({ adapter }), change: () => ({ reference: 'base' }) },
+];
+
+const changes: Readonly<Record<TrainMethod, readonly Change[]>> = {
+  sft: [
+    ...common,
+    { option: 'train', change: () => ({ train: 'lora' }) },
+    { option: 'train', change: () => ({ train: 'full' }) },
+    // Clipping would hide a factor of all gradients.
+    {
+      option: 'sftReduction',
+      beside: () => ({ optimizer: 'sgd', 'max-grad-norm': 0 }),
+      change: () => ({ 'sft-reduction': 'sum' }),
+    },
+    { option: 'loraDropout', change: () => ({ 'lora-dropout': 0.5 }) },
+  ],
+  dpo: [
+    ...common,
+    ...preference,
+    { option: 'train', change: () => ({ train: 'lora' }) },
+    { option: 'train', change: () => ({ train: 'full' }) },
+    ...['ipo', 'robust', 'sft', 'sigmoid,sft'].map((loss) => ({
+      option: 'lossType' as const,
+      // robust without smoothing is sigmoid
+      change: () => ({ 'loss-type': loss, ...(loss === 'robust' && { 'label-smoothing': 0.2 }) }),
+    })),
+    {
+      option: 'lossWeights',
+      beside: () => ({ 'loss-type': 'sigmoid,sft' }),
+      change: () => ({ 'loss-weights': '1,0.1' }),
+    },
+    { option: 'labelSmoothing', beside: () => ({ 'loss-type': 'robust' }), change: () => ({ 'label-smoothing': 0.3 }) },
+  ],
+  spo: [
+    ...common,
+    ...preference,
+    { option: 'sftReduction', change: () => ({ 'sft-reduction': 'token-mean' }) },
+    { option: 'lambda', change: () => ({ lambda: 0 }) },
+    { option: 'lambda', change: () => ({ lambda: 3 }) },
+    { option: 'gamma', change: () => ({ gamma: 0.5 }) },
+    { option: 'normOver', beside: () => ({ gamma: 0.5 }), change: () => ({ 'norm-over': 'adapters' }) },
+    { option: 'normOver', beside: () => ({ gamma: 0.5 }), change: () => ({ 'norm-over': 'backbone' }) },
+    { option: 'lowerSteps', change: () => ({ 'lower-steps': 0, 'lower-learning-rate': undefined }) },
+    { option: 'lowerSteps', change: () => ({ 'lower-steps': 3 }) },
+    { option: 'lowerLearningRate', change: () => ({ 'lower-learning-rate': 0.2 }) },
+    { option: 'learningRateBackbone', change: () => ({ 'learning-rate-backbone': 5e-3 }) },
+    { option: 'learningRateAdapters', change: () => ({ 'learning-rate-adapters': 5e-3 }) },
+  ],
+};
+
+const base: Readonly<Record<TrainMethod, Given>> = {
+  sft: { train: 'both', 'learning-rate': 1e-3, 'max-steps': 3, 'batch-size': 2, 'lora-r': 8, 'lora-dropout': 0 },
+  dpo: { train: 'both', 'learning-rate': 1e-3, 'max-steps': 3, 'batch-size': 2, 'lora-r': 8 },
+  spo: { 'learning-rate': 1e-3, 'max-steps': 3, 'batch-size': 2, 'lora-r': 8, 'lower-learning-rate': 0.1 },
+};
+
+/** Options that say where things are, or what must not change a result. */
+const elsewhere = ['model', 'data', 'output', 'overwrite', 'device', 'threads'];
+/** Options that the base's own adapter settings would make dead, or that dpo and spo refuse. */
+const refusedHere: Readonly<Record<TrainMethod, readonly string[]>> = {
+  sft: [],
+  dpo: ['loraDropout'],
+  spo: ['loraDropout'],
+};
+
+/** An adapter brings its own settings; a full training has none. */
+function withoutDead(given: Given): Given {
+  if (given.adapter === undefined && given.train !== 'full') return given;
+  return { ...given, 'lora-r': undefined, 'lora-dropout': undefined };
+}
+
+describe.each(['sft', 'dpo', 'spo'] as const)('%s', (method) => {
+  it('has a test of every option', () => {
+    const tested = new Set<string>(changes[method].map(({ option }) => option));
+    const missing = optionsOf(method).filter((key) => ![...tested, ...elsewhere, ...refusedHere[method]].includes(key));
+    expect(missing).toEqual([]);
+  });
+
+  const known = new Map<string, Promise<string>>();
+  const remembered = (given: Given): Promise<string> => {
+    const key = JSON.stringify(given);
+    if (!known.has(key)) known.set(key, fingerprint(method, given));
+    return known.get(key)!;
+  };
+
+  it.each(changes[method].map((c) => [c.option, c] as const))(
+    '%s changes the result',
+    async (_, { change, beside = nothing }) => {
+      const before = { ...base[method], ...beside() };
+      const [one, other] = [
+        await remembered(withoutDead(before)),
+        await fingerprint(method, withoutDead({ ...before, ...change() })),
+      ];
+      expect(other).not.toBe(one);
+    },
+  );
+
+  it('the number of threads does not', async () => {
+    expect(await fingerprint(method, { ...base[method], threads: 1 })).toBe(await remembered(base[method]));
+  });
+});
