@@ -1,5 +1,6 @@
 // THE case list over all ops. It drives the tests against definitions, gradient checks, sentinels, instruction sets,
 // determinism, completeness and the benchmark, on whatever devices a run has.
+import '../../src/ops/methods.js';
 import { elementwiseCases } from './cases/elementwise.js';
 import { headCases } from './cases/head.js';
 import { kernelCases } from './cases/kernels.js';
