@@ -32,7 +32,7 @@ export function formatSeconds(s) {
 }
 
 const columns = [
-  ['name', (r) => r.name, false],
+  ['name', (r) => (r.name.length > 72 ? `${r.name.slice(0, 71)}…` : r.name), false],
   ['dtype', (r) => r.dtype ?? '', false],
   ['best', (r) => formatSeconds(r.best), true],
   ['median', (r) => formatSeconds(r.median), true],

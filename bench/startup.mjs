@@ -1,10 +1,12 @@
 // How long until something runs: importing the package in a fresh process, the first op, loading a model.
 import { spawnSync } from 'node:child_process';
-import { existsSync } from 'node:fs';
-import { join, resolve } from 'node:path';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join, relative, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { load, packageEntry, root } from './build.mjs';
 import { measureOnce } from './harness.mjs';
+import { smollm2 } from './shapes.mjs';
 
 /** Milliseconds that a fresh process reports for the body of a module. */
 function fresh(body) {
@@ -20,26 +22,47 @@ function repeated(body, times = 7) {
 }
 
 /** Model folders to load: KEELGRAD_BENCH_MODELS (comma-separated), and the demo's. */
-function modelFolders() {
-  const asked = process.env.KEELGRAD_BENCH_MODELS?.split(',') ?? [];
-  return [...asked, join(root, 'assets', 'demo', 'model')].map((f) => resolve(f)).filter((f) => existsSync(f));
+const modelFolders = () =>
+  [...(process.env.KEELGRAD_BENCH_MODELS?.split(',') ?? []), join(root, 'assets', 'demo', 'model')]
+    .map((folder) => resolve(folder))
+    .filter((folder) => existsSync(join(folder, 'config.json')));
+
+/** Loads a folder several times; everything is read and converted before the clock stops. */
+async function timeLoading(folder, device) {
+  const { loadModel } = await load('src/io/model-folder.js');
+  const { synchronize } = await load('src/tensor/storage.js');
+  const run = async () => {
+    const model = await loadModel(folder, { device });
+    synchronize(device);
+    model.dispose();
+  };
+  return measureOnce(run, 5);
+}
+
+/** A folder of SmolLM2-135M's shape with fresh bfloat16 weights (269 MB), made, loaded and removed. */
+async function timeSmolLM2(device) {
+  const { createModel } = await load('src/models/initialize.js');
+  const { parseModelConfig } = await load('src/models/config.js');
+  const { saveModel } = await load('src/io/model-folder.js');
+  const folder = mkdtempSync(join(tmpdir(), 'keelgrad-bench-'));
+  try {
+    const model = createModel(parseModelConfig(smollm2), { seed: 1, device });
+    await saveModel(model, folder, { dtype: 'bfloat16' });
+    model.dispose();
+    return await timeLoading(folder, device);
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
 }
 
 export async function startupWork({ device }) {
   const entry = JSON.stringify(pathToFileURL(packageEntry()).href);
   const started = 'const start = performance.now();';
   const report = 'process.stdout.write(String(performance.now() - start));';
-  const { loadModel } = await load('src/io/model-folder.js');
-  const { synchronize } = await load('src/tensor/storage.js');
   const loading = modelFolders().map((folder) => ({
     section: 'startup',
-    name: `loadModel ${folder}`,
-    run: () =>
-      measureOnce(async () => {
-        const model = await loadModel(folder, { device });
-        synchronize(device);
-        model.dispose();
-      }, 3),
+    name: `loadModel ${relative(root, folder)}`,
+    run: () => timeLoading(folder, device),
   }));
   return [
     {
@@ -52,6 +75,11 @@ export async function startupWork({ device }) {
       name: 'import and first op',
       run: async () =>
         repeated(`${started} const { Tensor } = await import(${entry}); Tensor.from([1, 2]).sum().item(); ${report}`),
+    },
+    {
+      section: 'startup',
+      name: 'loadModel, shape of SmolLM2-135M, bfloat16 to float32',
+      run: () => timeSmolLM2(device),
     },
     ...loading,
   ];
