@@ -36,28 +36,22 @@ KG_INLINE double sumExp(const C* l, int64_t n, C top) {
   return hsum(sum);
 }
 
-// The sums of one chunk, relative to top.
+// The sums of one chunk, relative to top. That of e takes the steps of sumExp: asking for statistics changes no bit of
+// it.
 template <class C>
 KG_INLINE RowState chunkStatistics(const C* l, int64_t n, C top) {
   const Vec<C> shift(top);
   Vec<C> sum(C(0)), weighted(C(0)), squares(C(0)), total(C(0));
-  int64_t i = 0;
-  for (; i + Vec<C>::N <= n; i += Vec<C>::N) {
-    const Vec<C> v = Vec<C>::load(l + i), d = v - shift, e = vexp(d);
-    sum = sum + e;
-    weighted = weighted + e * d;
-    squares = squares + e * e;
-    total = total + v;
-  }
-  RowState s = {double(top), double(hsum(sum)), double(hsum(weighted)), double(hsum(squares)), double(hsum(total)), 0};
-  for (; i < n; i++) {
-    const double d = double(l[i]) - double(top), e = m::exp(C(d));
-    s.sum += e;
-    s.weighted += e * d;
-    s.squares += e * e;
-    s.total += l[i];
-  }
-  return s;
+  forVectors<C>(n, [&](int64_t i, int count) KG_LAMBDA_INLINE {
+    const Vec<C> v = loadLogits(l + i, count), e = vexp(v - shift);
+    const bool whole = count == Vec<C>::N;
+    const Vec<C> d = (whole ? v : Vec<C>::loadPartial(l + i, count, top)) - shift;  // 0 beyond the end
+    sum += e;
+    weighted += e * d;
+    squares += e * e;
+    total += whole ? v : Vec<C>::loadPartial(l + i, count);
+  });
+  return {double(top), double(hsum(sum)), double(hsum(weighted)), double(hsum(squares)), double(hsum(total)), 0};
 }
 
 template <class C>
@@ -67,12 +61,16 @@ KG_INLINE int64_t firstEqual(const C* l, int64_t n, C value) {
   return i;
 }
 
+KG_INLINE void addChunk(RowState& s, double newMax, double chunkSum) {
+  s.sum = s.sum * m::exp(s.max - newMax) + chunkSum;
+  s.max = newMax;
+}
+
 // Online log-sum-exp: takes in the next chunk of a row.
 template <class C>
 KG_INLINE void visitChunk(RowState& s, const C* l, int64_t n) {
   const C top = rowMax(l, n), newMax = top > C(s.max) ? top : C(s.max);
-  s.sum = s.sum * m::exp(s.max - double(newMax)) + sumExp(l, n, newMax);
-  s.max = newMax;
+  addChunk(s, newMax, sumExp(l, n, newMax));
 }
 
 template <class C>
@@ -83,11 +81,9 @@ KG_INLINE void visitChunkWithStatistics(RowState& s, const C* l, int64_t n, int6
   if (firstColumn > 0) {
     const double d = s.max - double(newMax), scale = m::exp(d);
     s.weighted = scale * (s.weighted + d * s.sum);
-    s.sum *= scale;
     s.squares *= scale * scale;
   }
-  s.max = newMax;
-  s.sum += chunk.sum;
+  addChunk(s, newMax, chunk.sum);
   s.weighted += chunk.weighted;
   s.squares += chunk.squares;
   s.total += chunk.total;
