@@ -25,11 +25,13 @@ export async function runTraining(options: ResolvedTrainOptions, hooks: TrainHoo
   await checkOutput(options.output, settings);
   await checkTargets(options);
   applyThreads(options.threads);
-  const device = resolveDevice(options.device, hooks.onMessage);
+  const notes: string[] = []; // said once the inputs are known good: bad input gets one message
+  const device = resolveDevice(options.device, (text) => notes.push(text));
   const config = await readModelConfig(join(options.model, 'config.json'));
   const data = await openData(options, config.vocabSize, hooks);
   const facts = await fingerprints(options);
   using model = await openModel(options, device);
+  for (const note of notes) hooks.onMessage?.(note);
   resetPeakMemory(device);
   const session = await openSession(model, data, options, hooks);
   try {

@@ -13,11 +13,13 @@ const scored = (ids: Int32Array, prompt: Int32Array): number => ids.length - (pr
 /** Scores every record in the order of the file. */
 export async function scoreFile(options: ResolvedScoreOptions, hooks: ScoreHooks): Promise<ScoreSummary> {
   applyThreads(options.threads);
-  const device = resolveDevice(options.device, hooks.onMessage);
+  const notes: string[] = []; // said once the inputs are known good: bad input gets one message
+  const device = resolveDevice(options.device, (text) => notes.push(text));
   const config = await readModelConfig(join(options.model, 'config.json'));
   const data = await openData({ ...options, method: 'dpo' } as Parameters<typeof openData>[0], config.vocabSize, hooks);
   const examples = data.examples as readonly PreferenceExample[];
   using model = await loadModel(options.model, { dtype: options.dtype, device, adapter: options.adapter });
+  for (const note of notes) hooks.onMessage?.(note);
   let records = 0;
   for (let start = 0; start < examples.length && !hooks.signal?.aborted; start += options.batchSize) {
     const part = examples.slice(start, start + options.batchSize);
