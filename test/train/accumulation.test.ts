@@ -154,3 +154,15 @@ describe('one seed', () => {
     expect(await weights(other)).not.toEqual(await weights(first));
   });
 });
+
+describe('spo without penalty and regularizer', () => {
+  it.each([1, 0])('is dpo of both groups, bit for bit, with %i lower-level steps', async (lowerSteps) => {
+    const options = { 'max-steps': 4, 'batch-size': 2, 'learning-rate': 1e-3, beta: 0.2, dtype: 'float32' };
+    const lower = { 'lower-steps': lowerSteps, ...(lowerSteps > 0 && { 'lower-learning-rate': 0.1 }) };
+    const spo = await run('spo', { ...options, lambda: 0, ...lower });
+    const dpo = await run('dpo', { ...options, train: 'both' });
+    expect(spo.metrics).toMatchObject(stable(dpo.metrics));
+    expect(await savedModel(spo.result.output)).toEqual(await savedModel(dpo.result.output));
+    expect(await savedAdapter(spo.result.output)).toEqual(await savedAdapter(dpo.result.output));
+  });
+});
