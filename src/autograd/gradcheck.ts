@@ -31,7 +31,7 @@ function weightsFor(y: Tensor, salt: number): Tensor {
     { length: y.size },
     (_, i) => Math.sin(1.7 * i + salt) + 0.5 * Math.cos(0.3 * i * salt + 1),
   );
-  return Tensor.from(values, { shape: y.shape });
+  return Tensor.from(values, { shape: y.shape, device: y.device });
 }
 
 function unravel(index: number, shape: readonly number[]): number[] {
@@ -89,7 +89,7 @@ export function gradcheck(
         scope(() => {
           const moved = Float64Array.from(base);
           moved[i] += delta;
-          return scalar(floats.map((t, k) => (k === which ? Tensor.from(moved, { shape: x.shape }) : t)));
+          return scalar(floats.map((t, k) => (k === which ? Tensor.from(moved, { shape: x.shape, device: x.device }) : t)));
         });
       // Fourth order: the error of the difference stays far below the tolerance.
       const numeric = (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step);

@@ -42,7 +42,7 @@ export function copyInto(into: Tensor, x: Tensor): void {
 /** `[count]`: start, start + step, ... */
 export function arange(
   count: number,
-  options: { start?: number; step?: number; dtype?: DType; device?: 'cpu' } = {},
+  options: { start?: number; step?: number; dtype?: DType; device?: Device } = {},
 ): Tensor {
   const out = Tensor.empty([count], { dtype: options.dtype ?? 'int32', device: options.device });
   if (count > 0) launch('arange', [out], [options.start ?? 0, options.step ?? 1]);

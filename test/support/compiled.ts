@@ -21,7 +21,16 @@ export class Compiled {
     // Inside of the project, so that node finds its packages; build/ is not under version control.
     this.folder = mkdtempSync(join(root, 'build', 'test-'));
     try {
-      const plain = ['--incremental', 'false', '--tsBuildInfoFile', 'null', '--declaration', 'false', '--declarationDir', 'null'];
+      const plain = [
+        '--incremental',
+        'false',
+        '--tsBuildInfoFile',
+        'null',
+        '--declaration',
+        'false',
+        '--declarationDir',
+        'null',
+      ];
       const args = ['-p', 'tsconfig.build.json', '--outDir', this.folder, ...plain];
       execFileSync(join(root, 'node_modules', '.bin', 'tsc'), args, { cwd: root });
     } catch (error) {

@@ -45,8 +45,8 @@ export interface OpCase {
   readonly differentiable: boolean;
   /** Inputs whose axis 0 is the output's axis 0, each row on its own. */
   readonly rows: readonly number[];
-  /** small: every check; large: no finite differences; bench: timed only. */
-  readonly size: 'small' | 'large' | 'bench';
+  /** small: every check; large: no finite differences; threads: large enough to be split among threads; bench: timed only. */
+  readonly size: 'small' | 'large' | 'threads' | 'bench';
   /** For the benchmark's table: what a run costs (operations; elements read and written), numbers that a peer needs. */
   readonly cost: { flops?: number; elements?: number };
   readonly params: Readonly<Record<string, unknown>>;

@@ -68,7 +68,7 @@ function unaryCases(name: UnaryName): OpCase[] {
     of(input([7, 19], ...domain, 'transposed'), { size: 'large', rows: [] }),
     of(input([3, 5, 41], ...domain, 'sliced'), { size: 'large' }),
     of(given([special.length], special), { size: 'large', differentiable: false, note: 'special values' }),
-    of(input([67, 1031], ...domain), { size: 'large', note: 'several threads' }),
+    of(input([67, 1031], ...domain), { size: 'threads' }),
     of(input([2048, 1024], ...domain), { size: 'bench', cost: { elements: 2 * 2048 * 1024 } }),
   ];
 }
@@ -119,7 +119,7 @@ function binaryCases(name: BinaryName): OpCase[] {
     of(input([2, 3], ...domain), 1.75, { rows: [0], note: 'number' }),
     of(input([9, 23], ...domain, 'transposed'), input([9, 23], ...domain, 'sliced'), { size: 'large' }),
     of(input([4, 1, 37], ...domain), input([5, 1], ...domain, 'transposed'), { size: 'large' }),
-    of(input([67, 1031], ...domain), input([1031], ...domain), { size: 'large', note: 'several threads' }),
+    of(input([67, 1031], ...domain), input([1031], ...domain), { size: 'threads' }),
     of(given([7], [1, -1, Infinity, -Infinity, NaN, 0, 2]), given([7, 1], [1, -1, Infinity, -Infinity, NaN, 0, 3]), {
       size: 'large',
       differentiable: false,

@@ -49,8 +49,14 @@ const probes = (hidden: InputSpec, weight: InputSpec, wanted: readonly number[])
     reference: (at, h, w, r, t) => {
       const [count, asked] = [h.shape[0], t.values.length];
       const all = Array.from({ length: count * asked }, (_, i) => i);
-      const rows = host([all.length], Float64Array.from(all, (i) => Math.floor(i / asked)));
-      const ids = host([all.length], Float64Array.from(all, (i) => t.values[i % asked]));
+      const rows = host(
+        [all.length],
+        Float64Array.from(all, (i) => Math.floor(i / asked)),
+      );
+      const ids = host(
+        [all.length],
+        Float64Array.from(all, (i) => t.values[i % asked]),
+      );
       const first = host([1], t.values.slice(0, 1));
       const answers = [reference.vocabHead(h, w, r, first), reference.vocabHead(h, w, rows, ids)];
       const shapes = [[1], [count, asked]];
