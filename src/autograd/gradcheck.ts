@@ -89,7 +89,9 @@ export function gradcheck(
         scope(() => {
           const moved = Float64Array.from(base);
           moved[i] += delta;
-          return scalar(floats.map((t, k) => (k === which ? Tensor.from(moved, { shape: x.shape, device: x.device }) : t)));
+          return scalar(
+            floats.map((t, k) => (k === which ? Tensor.from(moved, { shape: x.shape, device: x.device }) : t)),
+          );
         });
       // Fourth order: the error of the difference stays far below the tolerance.
       const numeric = (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step);
