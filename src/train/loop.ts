@@ -68,6 +68,8 @@ export async function* train(task: Task, options: LoopOptions): AsyncGenerator<R
     }
     for (const last of pending) yield await finish(last, plan.totalSteps, clock);
   } finally {
+    // A reader that stops early leaves reads under way, and they hold memory.
+    await Promise.allSettled(pending.map(({ metrics }) => metrics));
     halted.dispose();
   }
 }
