@@ -1,4 +1,4 @@
-// Makes assets/demo with this very engine: the demo's language, its tokenizer, a small Qwen2 model trained on it by SFT from
+// Makes assets/demo with this very engine: the demo's language, its tokenizer, a small Llama model trained on it by SFT from
 // random weights, and preference pairs whose rejected answers are the model's own wrong ones. Everything follows from one seed.
 // Run by hand, after `npm run build`: node scripts/make-demo.mjs [folder]. Takes about four minutes on two cores.
 import { mkdirSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
@@ -22,7 +22,7 @@ const folder = process.argv[2] ?? fileURLToPath(new URL('../assets/demo', import
 const seed = 42;
 const counts = { sft: 4000, pairs: 1200, heldOut: 200, test: 400 };
 const shape = { hidden: 128, intermediate: 320, layers: 4, heads: 4, kvHeads: 2 };
-const training = { epochs: 8, batchSize: 32, learningRate: 2e-3, lrSchedule: 'cosine', warmupSteps: 100 };
+const training = { epochs: 10, batchSize: 32, learningRate: 2e-3, lrSchedule: 'cosine', warmupSteps: 100 };
 const sampling = { temperature: 1, tries: 4, maxTokens: 48 };
 
 const note = (text) => console.log(text);
@@ -46,7 +46,7 @@ function drawSets() {
   };
   // Pairs are made of those problems that the model gets wrong: more are drawn than there will be pairs.
   const [test, sft] = [draw(counts.test, 0), draw(counts.sft, 1)];
-  return { test, sft, heldOut: draw(2 * counts.heldOut, 2), pairs: draw(2 * counts.pairs, 3) };
+  return { test, sft, heldOut: draw(2.5 * counts.heldOut, 2), pairs: draw(2.5 * counts.pairs, 3) };
 }
 
 /** Writes config.json and the tokenizer's files. */
@@ -55,8 +55,8 @@ function writeModelFolder(path, problems) {
   const { vocabSize, files } = tokenizerFiles(texts);
   const idOf = (token) => files['tokenizer.json'].model.vocab[token];
   const config = {
-    architectures: ['Qwen2ForCausalLM'],
-    model_type: 'qwen2',
+    architectures: ['LlamaForCausalLM'],
+    model_type: 'llama',
     hidden_act: 'silu',
     hidden_size: shape.hidden,
     intermediate_size: shape.intermediate,
@@ -69,7 +69,8 @@ function writeModelFolder(path, problems) {
     rope_theta: 10000,
     initializer_range: 0.05,
     tie_word_embeddings: true,
-    use_sliding_window: false,
+    attention_bias: false,
+    mlp_bias: false,
     attention_dropout: 0,
     use_cache: true,
     bos_token_id: null,
