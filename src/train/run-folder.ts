@@ -5,8 +5,8 @@ import { closeSync, mkdirSync, openSync, readFileSync, writeSync } from 'node:fs
 import { readdir, readFile, realpath, rm } from 'node:fs/promises';
 import { join, resolve, sep } from 'node:path';
 import { KeelgradError } from '../errors.js';
-import { packageRoot } from '../package-root.js';
 import { writeJsonAtomic } from '../io/atomic.js';
+import { packageRoot } from '../package-root.js';
 import type { Method, Value } from './option-table.js';
 
 /** Everything a run leaves in its folder. */

@@ -51,6 +51,16 @@ function optimizerOptions(options: ResolvedTrainOptions): OptimizerOptions {
     : { kind: 'adamw', beta1: options.adamBeta1, beta2: options.adamBeta2, epsilon: options.adamEpsilon, ...common };
 }
 
+/** Out of memory for its state, it leaves no gradient buffers behind. */
+function makeOptimizer(trainable: Trainable, options: ResolvedTrainOptions): Optimizer {
+  try {
+    return new Optimizer(trainable.parameterGroups(), optimizerOptions(options));
+  } catch (error) {
+    trainable.dispose();
+    throw error;
+  }
+}
+
 function learningRates(options: ResolvedTrainOptions): Record<GroupName, number> {
   if (options.method === 'spo')
     return { backbone: options.learningRateBackbone, adapters: options.learningRateAdapters };
@@ -110,7 +120,7 @@ export async function openSession(
     for (const text of spoNotices(model, data.examples as readonly PreferenceExample[], options))
       hooks.onMessage?.(text);
   const trainable = new Trainable(model, groups);
-  const optimizer = new Optimizer(trainable.parameterGroups(), optimizerOptions(options));
+  const optimizer = makeOptimizer(trainable, options);
   const task = makeTask(options, trainable, data, reference, () => optimizer.masters('backbone'));
   const loop = {
     plan,
