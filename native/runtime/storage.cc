@@ -37,7 +37,6 @@ Storage& StorageTable::newSlot(double* handle) {
   s.references = 1;
   s.readOnly = false;
   counters_.storages++;
-  hooks_.renewed(&s);
   *handle = index + s.generation * kIndexSpace;
   return s;
 }

@@ -33,8 +33,9 @@ struct Storage {
   Tag tag = Tag::Activation;
   bool readOnly = false;
   std::shared_ptr<Mapping> mapping;
-  // Why the contents are not valid: set and cleared by the executor, in command order, so slots may be reused freely.
+  // Why the contents are not valid, and of which tenant of the slot. The executor's alone.
   std::shared_ptr<const std::string> fault;
+  uint32_t faultGeneration = 0;
 };
 
 struct MemoryCounters {
@@ -42,13 +43,11 @@ struct MemoryCounters {
   size_t byTag[static_cast<int>(Tag::count)] = {};
 };
 
-// What the table asks of its stream, in command order: fill and check guard zones, forget the faults of a former
-// tenant.
+// What the table asks of its stream, in command order: fill and check guard zones.
 struct StreamHooks {
   virtual void filled(char* data, size_t bytes) = 0;
   virtual void check(char* data, size_t bytes) = 0;
-  virtual void renewed(Storage* storage) = 0;  // a slot has a new tenant
-  virtual void synchronize() = 0;              // everything enqueued so far is done
+  virtual void synchronize() = 0;  // everything enqueued so far is done
 };
 
 class StorageTable {

@@ -14,7 +14,7 @@ constexpr uint64_t kRingBytes = 8u << 20;
 constexpr int kSpins = 3000;
 constexpr unsigned char kGuardByte = 0xcb;  // as float32 about -2.7e7, never a plausible value
 
-enum class Kind : uint32_t { Launch, Upload, Download, Fill, Check, Renew, Wrap };
+enum class Kind : uint32_t { Launch, Upload, Download, Fill, Check, Wrap };
 
 KG_INLINE void cpuRelax() {
 #if defined(__x86_64__)
@@ -26,20 +26,42 @@ size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
-// A command in the ring: this header, then (Launch) tensors, storages, attributes; (Upload) a heap block or the bytes.
+// A storage as a command saw it when it was enqueued: by the time it runs, the slot may have another tenant.
+struct Stream::Owner {
+  Storage* storage;  // nullptr when absent
+  uint32_t generation;
+  bool whole;  // the command covers all of its bytes
+
+  bool valid() const { return storage != nullptr; }
+  Fault fault() const { return valid() && storage->faultGeneration == generation ? storage->fault : nullptr; }
+  void mark(Fault fault) const {
+    storage->fault = std::move(fault);
+    storage->faultGeneration = generation;
+  }
+  // After a command has written what it covers.
+  void heal() const {
+    if (whole && storage->fault && storage->faultGeneration == generation) storage->fault.reset();
+  }
+  static Owner of(Storage* storage, size_t bytes) {
+    if (!storage) return {nullptr, 0, false};
+    return {storage, storage->generation, bytes == storage->bytes};
+  }
+};
+
+// A command in the ring: this header, then (Launch) tensors, owners, attributes; (Upload) a heap block or the bytes.
 struct Stream::Header {
   uint64_t bytes;
   Kind kind;
   KernelId kernel;
   int32_t tensorCount, attributeCount;
-  Storage* storage;
+  Owner owner;
   char* data;
   void* host;
   uint64_t count;
   std::function<void(Fault)>* done;
 
   TensorView* tensors() { return reinterpret_cast<TensorView*>(this + 1); }
-  Storage** owners() { return reinterpret_cast<Storage**>(tensors() + tensorCount); }
+  Owner* owners() { return reinterpret_cast<Owner*>(tensors() + tensorCount); }
   double* attributes() { return reinterpret_cast<double*>(owners() + tensorCount); }
 };
 
@@ -92,13 +114,14 @@ void Stream::publish(Header* header) {
 void Stream::launch(KernelId id, const TensorView* tensors, Storage* const* owners, int tensorCount,
                     const double* attributes, int attributeCount) {
   Header* h =
-      reserve(sizeof(Header) + tensorCount * (sizeof(TensorView) + sizeof(Storage*)) + attributeCount * sizeof(double));
+      reserve(sizeof(Header) + tensorCount * (sizeof(TensorView) + sizeof(Owner)) + attributeCount * sizeof(double));
   h->kind = Kind::Launch;
   h->kernel = id;
   h->tensorCount = tensorCount;
   h->attributeCount = attributeCount;
   memcpy(h->tensors(), tensors, tensorCount * sizeof(TensorView));
-  memcpy(h->owners(), owners, tensorCount * sizeof(Storage*));
+  for (int i = 0; i < tensorCount; i++)
+    h->owners()[i] = Owner::of(owners[i], tensors[i].numel() * dtypeSize(tensors[i].dtype));
   memcpy(h->attributes(), attributes, attributeCount * sizeof(double));
   publish(h);
   if (!synchronous_) return;
@@ -110,7 +133,7 @@ void Stream::upload(Storage* to, size_t offset, const void* bytes, size_t count)
   bool inlined = count <= 4096;
   Header* h = reserve(sizeof(Header) + (inlined ? count : 0));
   h->kind = Kind::Upload;
-  h->storage = to;
+  h->owner = Owner::of(to, count);
   h->data = to->data + offset;
   h->count = count;
   h->host = inlined ? nullptr : malloc(count);
@@ -122,7 +145,7 @@ void Stream::upload(Storage* to, size_t offset, const void* bytes, size_t count)
 void Stream::download(Storage* from, size_t offset, void* to, size_t count, std::function<void(Fault)> done) {
   Header* h = reserve(sizeof(Header));
   h->kind = Kind::Download;
-  h->storage = from;
+  h->owner = Owner::of(from, count);
   h->data = from ? from->data + offset : nullptr;
   h->count = count;
   h->host = to;
@@ -146,14 +169,6 @@ void Stream::check(char* data, size_t bytes) {
   publish(h);
 }
 
-void Stream::renewed(Storage* storage) {
-  if (!faulted_.load(std::memory_order_relaxed)) return;
-  Header* h = reserve(sizeof(Header));
-  h->kind = Kind::Renew;
-  h->storage = storage;
-  publish(h);
-}
-
 void Stream::synchronize() {
   uint64_t target = written_.load(std::memory_order_relaxed);
   for (int spins = 0; spins < kSpins; spins++) {
@@ -170,7 +185,6 @@ Fault Stream::takeFault() {
 }
 
 void Stream::report(Fault fault) {
-  faulted_.store(true, std::memory_order_relaxed);
   std::lock_guard<std::mutex> lock(mutex_);
   if (!pendingFault_) pendingFault_ = std::move(fault);
 }
@@ -209,19 +223,17 @@ void Stream::execute(Header* h) {
     case Kind::Upload:
       memcpy(h->data, h->host ? h->host : static_cast<void*>(h + 1), h->count);
       free(h->host);
-      h->storage->fault.reset();
+      h->owner.heal();
       return;
     case Kind::Download: {
       Fault earlier = takeFault();
-      Fault fault = h->storage && h->storage->fault ? h->storage->fault : earlier;
+      Fault fault = h->owner.fault();
+      if (!fault) fault = earlier;
       if (!fault && h->count) memcpy(h->host, h->data, h->count);
       (*h->done)(fault);
       delete h->done;
       return;
     }
-    case Kind::Renew:
-      h->storage->fault.reset();
-      return;
     case Kind::Fill:
       memset(h->data, kGuardByte, h->count);
       return;
@@ -239,15 +251,14 @@ void Stream::execute(Header* h) {
 
 void Stream::executeKernel(Header* h) {
   const KernelInfo& info = infos_[static_cast<int>(h->kernel)];
-  TensorView* tensors = h->tensors();
-  Storage** owners = h->owners();
+  const Owner* owners = h->owners();
   Fault fault;
   for (int i = 0; i < h->tensorCount && !fault; i++)
-    if (owners[i] && (i >= info.outputs || (info.accumulates >> i & 1))) fault = owners[i]->fault;
+    if (i >= info.outputs || (info.accumulates >> i & 1)) fault = owners[i].fault();
   bool ran = false;
   if (!fault) {
     try {
-      Call call{tensors, h->tensorCount, h->attributes(), h->attributeCount, this};
+      Call call{h->tensors(), h->tensorCount, h->attributes(), h->attributeCount, this};
       kernels_.kernels[static_cast<int>(h->kernel)](call);
       ran = true;
     } catch (const std::exception& e) {
@@ -257,12 +268,11 @@ void Stream::executeKernel(Header* h) {
   }
   if (info.inPlace) return;
   for (int i = 0; i < info.outputs; i++) {
-    if (!owners[i]) continue;
-    bool whole = tensors[i].numel() * dtypeSize(tensors[i].dtype) == owners[i]->bytes;
-    if (!ran)
-      owners[i]->fault = fault;
-    else if (whole)
-      owners[i]->fault.reset();
+    if (!owners[i].valid()) continue;
+    if (ran)
+      owners[i].heal();
+    else
+      owners[i].mark(fault);
   }
 }
 

@@ -52,9 +52,9 @@ class Stream : public StreamHooks {
 
   void filled(char* data, size_t bytes) override;
   void check(char* data, size_t bytes) override;
-  void renewed(Storage* storage) override;
 
  private:
+  struct Owner;
   struct Header;
   Header* reserve(size_t bytes);
   void publish(Header* header);
@@ -71,7 +71,7 @@ class Stream : public StreamHooks {
   std::unique_ptr<char[]> ring_;
   std::atomic<uint64_t> written_{0}, consumed_{0};  // byte positions, ever increasing
   std::atomic<bool> stop_{false};
-  std::atomic<bool> sleeping_{false}, faulted_{false};
+  std::atomic<bool> sleeping_{false};
   std::mutex mutex_;
   std::condition_variable wake_, idle_;
   Fault pendingFault_;  // guarded by mutex_

@@ -74,7 +74,7 @@ class Pool {
     n_ = n;
     int64_t even = (n + threads * 4 - 1) / (threads * 4);
     chunk_ = even > grain ? even : grain;
-    limit_ = threads - 1;
+    limit_.store(threads - 1, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
     error_ = nullptr;
@@ -125,7 +125,8 @@ class Pool {
 
   bool join(uint64_t seen) {
     uint64_t t = seen;
-    while ((t >> 32) == (seen >> 32) && !(t & kClosed) && static_cast<int>(t & kCount) < limit_)
+    while ((t >> 32) == (seen >> 32) && !(t & kClosed) &&
+           static_cast<int>(t & kCount) < limit_.load(std::memory_order_relaxed))
       if (ticket_.compare_exchange_weak(t, t + 1, std::memory_order_acq_rel)) return true;
     return false;
   }
@@ -157,13 +158,12 @@ class Pool {
   std::mutex region_, sleepMutex_, errorMutex_;
   std::condition_variable wake_;
   std::vector<std::thread> threads_;
-  std::atomic<int> size_{1}, finished_{0}, sleepers_{0};
+  std::atomic<int> size_{1}, finished_{0}, sleepers_{0}, limit_{0};
   std::atomic<uint64_t> ticket_{kClosed};  // epoch in the upper half, closed bit, number of joined threads
   std::atomic<int64_t> next_{0};
   RangeFn fn_ = nullptr;
   void* context_ = nullptr;
   int64_t n_ = 0, chunk_ = 1;
-  int limit_ = 0;
   std::exception_ptr error_;
   bool stop_ = false;
 };

@@ -5,7 +5,7 @@ import '../../src/ops/methods.js';
 import { grad } from '../../src/autograd/transforms.js';
 import { launch } from '../../src/native/launch.js';
 import { addInPlace } from '../../src/ops/elementwise.js';
-import { zeros } from '../../src/ops/movement.js';
+import { copyInto, zeros } from '../../src/ops/movement.js';
 import { scope } from '../../src/tensor/scope.js';
 import { memory, synchronize } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
@@ -89,6 +89,19 @@ describe('deferred errors', () => {
       expect(() => bad.dataSync()).toThrow('[gatherRows]');
       bad.write([5, 6]);
       expect([...bad.dataSync()]).toEqual([5, 6]);
+    });
+  });
+
+  test('stay where only a part is overwritten', () => {
+    scope(() => {
+      const bad = failing(table());
+      expect(() => bad.dataSync()).toThrow('[gatherRows]');
+      bad.slice(1, 0, 1).write([5]);
+      expect(() => bad.dataSync()).toThrow('[gatherRows]');
+      copyInto(bad.slice(1, 0, 1), Tensor.from([[1]]));
+      expect(() => bad.dataSync()).toThrow('[gatherRows]');
+      copyInto(bad, Tensor.from([[1, 2]]));
+      expect([...bad.dataSync()]).toEqual([1, 2]);
     });
   });
 
