@@ -21,10 +21,9 @@ const { values: options } = parseArgs({
     time: { type: 'string', default: '150' },
     threads: { type: 'string' },
     device: { type: 'string', default: 'cpu' },
-    peer: { type: 'boolean', default: true },
+    'no-peer': { type: 'boolean', default: false },
     list: { type: 'boolean', default: false },
   },
-  allowNegative: true,
 });
 
 const sources = { latency: latencyWork, startup: startupWork, gemm: opWork, ops: opWork, steps: stepWork };
@@ -48,7 +47,7 @@ async function main() {
   const { runtimeInfo, setThreads } = await load('src/native/info.js');
   if (options.threads) setThreads(Number(options.threads));
   const info = runtimeInfo();
-  const peer = options.list ? null : Peer.open(info.threads, options.peer);
+  const peer = options.list ? null : Peer.open(info.threads, !options['no-peer']);
   const { device } = options;
   const work = await chosenWork({ device, dtypes: options.dtypes.split(','), time: Number(options.time), peer });
   if (work.length === 0)
