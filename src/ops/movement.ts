@@ -69,10 +69,11 @@ export function cast(x: Tensor, dtype: DType): Tensor {
   return record('cast', [x], [out], [], ({ g }) => [cast(g, x.dtype)])[0];
 }
 
-/** The values in another dtype or on another device; on another device the tensor is cut off the tape. Blocks for that. */
+/** The values in another dtype or on another device; not differentiable between devices, and blocks then. */
 export function to(x: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
   const typed = target.dtype ? cast(x, target.dtype) : x.alias();
   if (!target.device || target.device === x.device) return typed;
+  requireUntracked('to', typed);
   return Tensor.from(typed.dataSync(), { shape: x.shape, dtype: typed.dtype, device: target.device });
 }
 
