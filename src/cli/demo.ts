@@ -31,6 +31,8 @@ function describeOutcome({ results, findings }: DemoOutcome, columns: number, ou
     '\nWhat the paper reports, and the same quantity here (± two standard errors over the held-out pairs)\n\n',
     describeFindings(findings),
     `\n${conclude(findings)}`,
+    'With gamma 0, SPO moves the backbone by the gradient of DPO plus lambda times that of SFT; its lower level\n' +
+      'acts on the adapter alone.\n',
     `\nsaved in ${output}: demo.svg (chart), demo.csv (curves), demo.json, and the two runs (dpo/, spo/)\n`,
   ].join('');
 }
