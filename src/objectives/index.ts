@@ -3,13 +3,28 @@ import '../ops/methods.js';
 
 export { sequenceLogProbs } from './logprobs.js';
 export {
+  completeParameters,
   dpoLoss,
+  type FDivergence,
+  implicitReward,
+  type KtoLossName,
+  type KtoOptions,
+  ktoKl,
+  ktoLoss,
+  ktoLosses,
+  type LabelledLogProbs,
+  lengthDesensitizedWeights,
   margin,
+  type NllReduction,
+  nextBetaDpoMean,
   type PairLogProbs,
   type PreferenceLossName,
   type PreferenceLossOptions,
+  type PreferenceParameters,
   preferenceLoss,
   preferenceLosses,
+  type Reward,
+  wpoWeights,
 } from './preference.js';
 export {
   addNormGradient,
@@ -19,5 +34,5 @@ export {
   regularizerValue,
   squaredGradientNorms,
 } from './regularizer.js';
-export { type SftReduction, sftLoss } from './sft.js';
+export { dftLoss, type SftReduction, sftLoss } from './sft.js';
 export { type SpoParts, type SpoWeights, spoObjective } from './spo.js';

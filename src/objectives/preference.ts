@@ -1,117 +1,182 @@
-// Preference losses of the Bradley-Terry family: pure functions of per-sequence log-probabilities, in one table.
-//
-// Notation: h_w = log π(y_w|x) - log π_ref(y_w|x), h_l likewise; n_w, n_l scored tokens; β beta; ε label smoothing.
+// The preference loss of a batch: losses of the table, weighted and added, with the NLL of the chosen responses beside them.
+// Owns the checks of library calls; the formulas are in preference/losses.ts.
 import { didYouMean, KeelgradError } from '../errors.js';
-import { add, div, logSigmoid, mul, neg, square, sub } from '../ops/elementwise.js';
+import { add, div, mul, neg } from '../ops/elementwise.js';
 import { mean, sum } from '../ops/reduce.js';
 import type { Tensor } from '../tensor/tensor.js';
+import {
+  defaultDivergenceCoefficient,
+  defaultNllWeight,
+  type FDivergence,
+  fDivergences,
+  type LossParameter,
+  lossParameterNames,
+  lossParameters,
+  type NllReduction,
+  type PreferenceLossName,
+  usersOf,
+} from './preference/facts.js';
+import type { PairLogProbs, PreferenceParameters } from './preference/inputs.js';
+import { preferenceLosses } from './preference/losses.js';
+import { type Reward, rewardOf } from './preference/rewards.js';
+import { lossConflict } from './preference/rules.js';
 
-/** Per-sequence log-probabilities of B pairs, each `[B]`, summed over scored tokens. */
-export interface PairLogProbs {
-  chosen: Tensor;
-  rejected: Tensor;
-  /** Those of the reference; null without one. */
-  refChosen: Tensor | null;
-  refRejected: Tensor | null;
-  /** Scored tokens, floating `[B]`. */
-  chosenLengths: Tensor;
-  rejectedLengths: Tensor;
-}
+export type { FDivergence, NllReduction, PreferenceLossName } from './preference/facts.js';
+export { margin, type PairLogProbs, type PreferenceParameters } from './preference/inputs.js';
+export {
+  type KtoLossName,
+  type KtoOptions,
+  ktoKl,
+  ktoLoss,
+  ktoLosses,
+  type LabelledLogProbs,
+} from './preference/kto.js';
+export { nextBetaDpoMean, preferenceLosses } from './preference/losses.js';
+export type { Reward } from './preference/rewards.js';
+export { lengthDesensitizedWeights, wpoWeights } from './preference/tokens.js';
 
-export interface PreferenceParameters {
-  beta: number;
-  labelSmoothing: number;
-}
-
-interface LossDefinition {
-  /** `[B]`, or a scalar that holds for the whole batch. */
-  value: (pairs: PairLogProbs, parameters: PreferenceParameters) => Tensor;
-  usesLabelSmoothing: boolean;
-}
-
-const ratio = (policy: Tensor, reference: Tensor | null): Tensor => (reference ? sub(policy, reference) : policy);
-const chosenRatio = (p: PairLogProbs): Tensor => ratio(p.chosen, p.refChosen);
-const rejectedRatio = (p: PairLogProbs): Tensor => ratio(p.rejected, p.refRejected);
-
-/** β(h_w - h_l): the s of Eq. 1. */
-export const margin = (p: PairLogProbs, beta: number): Tensor => mul(sub(chosenRatio(p), rejectedRatio(p)), beta);
-
-/** name → loss. `ipo` averages over tokens as TRL does, `ipo_sum` is the paper's form. */
-export const preferenceLosses = {
-  /** -log σ(β(h_w - h_l)). DPO: Rafailov et al. 2023; Eq. 1 of the SPO paper. */
-  sigmoid: {
-    value: (p, { beta }) => neg(logSigmoid(margin(p, beta))),
-    usesLabelSmoothing: false,
-  },
-  /** (h_w/n_w - h_l/n_l - 1/(2β))². Azar et al. 2023, on token means. */
-  ipo: {
-    value: (p, { beta }) =>
-      square(add(sub(div(chosenRatio(p), p.chosenLengths), div(rejectedRatio(p), p.rejectedLengths)), -1 / (2 * beta))),
-    usesLabelSmoothing: false,
-  },
-  /** (h_w - h_l - 1/(2β))². Azar et al. 2023, Eq. 17. */
-  ipo_sum: {
-    value: (p, { beta }) => square(add(sub(chosenRatio(p), rejectedRatio(p)), -1 / (2 * beta))),
-    usesLabelSmoothing: false,
-  },
-  /** (-(1-ε) log σ(z) + ε log σ(-z)) / (1 - 2ε), z = β(h_w - h_l). Robust DPO: Chowdhury et al. 2024, Eq. 7. */
-  robust: {
-    value: (p, { beta, labelSmoothing }) => {
-      const z = margin(p, beta);
-      const kept = mul(logSigmoid(z), -(1 - labelSmoothing));
-      return mul(add(kept, mul(logSigmoid(neg(z)), labelSmoothing)), 1 / (1 - 2 * labelSmoothing));
-    },
-    usesLabelSmoothing: true,
-  },
-  /** Minus the mean log-probability of all chosen tokens of the batch: one number, no reference. */
-  sft: {
-    value: (p) => neg(div(sum(p.chosen), sum(p.chosenLengths))),
-    usesLabelSmoothing: false,
-  },
-} satisfies Record<string, LossDefinition>;
-
-export type PreferenceLossName = keyof typeof preferenceLosses;
-
-export interface PreferenceLossOptions {
+/** Parameters carry their loss's name (see `lossParameters` for defaults); one that no named loss uses is refused. */
+export interface PreferenceLossOptions extends Partial<Record<LossParameter, number>> {
   /** Inverse temperature of the implicit reward; > 0. */
   beta: number;
   /** One loss, or several that are added with `lossWeights`. */
   lossType?: PreferenceLossName | readonly PreferenceLossName[];
   lossWeights?: readonly number[];
-  /** ε; only with losses that define it. */
-  labelSmoothing?: number;
+  /** The score of a response; reverse_kl, DPO's, by default. */
+  fDivergenceType?: FDivergence;
+  /** a of alpha_divergence; 0.5 by default. */
+  fAlphaDivergenceCoef?: number;
+  /** SLiC on token means in place of sums. */
+  slicLengthNormalize?: boolean;
+  /** Weight of the NLL of the chosen responses; 0 by default, 1 with cpo and orpo. */
+  nllWeight?: number;
+  /** token-mean by default. */
+  nllReduction?: NllReduction;
+  /** M_0 of beta_dpo; 0 by default. */
+  betaDpoMean?: number | Tensor;
 }
 
-function requireSane(names: readonly PreferenceLossName[], weights: readonly number[], o: PreferenceLossOptions): void {
-  const smoothing = o.labelSmoothing ?? 0;
-  const unknown = names.find((name) => !Object.hasOwn(preferenceLosses, name));
+/** -log π(y_w|x) of a batch, one number. DPO with sequence-mean: Pang et al. 2024, arXiv 2404.19733; token-mean: TRL. */
+const nllTerms: Readonly<Record<NllReduction, (p: PairLogProbs) => Tensor>> = {
+  'token-mean': (p) => neg(div(sum(p.chosen), sum(p.chosenLengths))),
+  'sequence-mean': (p) => neg(mean(div(p.chosen, p.chosenLengths))),
+  'sequence-sum': (p) => neg(mean(p.chosen)),
+};
+
+const namesOf = (o: PreferenceLossOptions): readonly PreferenceLossName[] => [o.lossType ?? 'sigmoid'].flat();
+
+/** Every parameter with its value: given, or its default. */
+export function completeParameters(o: PreferenceLossOptions): PreferenceParameters {
+  const numbers = lossParameterNames.map((name) => [name, o[name] ?? lossParameters[name].default]);
+  return {
+    ...(Object.fromEntries(numbers) as Record<LossParameter, number>),
+    beta: o.beta,
+    fDivergenceType: o.fDivergenceType ?? 'reverse_kl',
+    fAlphaDivergenceCoef: o.fAlphaDivergenceCoef ?? defaultDivergenceCoefficient,
+    slicLengthNormalize: o.slicLengthNormalize ?? false,
+    betaDpoMean: o.betaDpoMean ?? 0,
+  };
+}
+
+function requireNames(names: readonly PreferenceLossName[], weights: readonly number[]): void {
+  const known = Object.keys(preferenceLosses);
+  if (names.length === 0)
+    throw new KeelgradError(`loss type: expected at least one of ${known.join(', ')}, found none`);
+  const unknown = names.find((name) => !known.includes(name));
   if (unknown !== undefined)
     throw new KeelgradError(
-      `loss type: expected one of ${Object.keys(preferenceLosses).join(', ')}, found ${unknown}${didYouMean(unknown, Object.keys(preferenceLosses))}`,
+      `loss type: expected one of ${known.join(', ')}, found ${unknown}${didYouMean(unknown, known)}`,
     );
-  if (!(o.beta > 0)) throw new KeelgradError(`beta: expected a number above 0, found ${o.beta}`);
   if (weights.length !== names.length)
     throw new KeelgradError(`loss weights: expected ${names.length}, one per loss type, found ${weights.length}`);
-  if (!(smoothing >= 0 && smoothing < 0.5))
-    throw new KeelgradError(`label smoothing: expected a number from 0 to below 0.5, found ${smoothing}`);
-  if (smoothing > 0 && !names.some((n) => preferenceLosses[n].usesLabelSmoothing))
-    throw new KeelgradError(`label smoothing ${smoothing} has no meaning for ${names.join(', ')}; robust defines it`);
+}
+
+/** `labelSmoothing` → `label smoothing`. */
+const inWords = (name: string): string => name.replace(/[A-Z]/g, (letter) => ` ${letter.toLowerCase()}`);
+
+function describeRange(p: { min?: number; above?: number; below?: number }): string {
+  if (p.below !== undefined) return `a number from ${p.min} to below ${p.below}`;
+  if (p.above !== undefined) return `a number above ${p.above}`;
+  return p.min === undefined ? 'a number' : `a number of at least ${p.min}`;
+}
+
+function requireParameter(name: LossParameter, value: number, names: readonly PreferenceLossName[]): void {
+  const range: { default: number; min?: number; above?: number; below?: number } = lossParameters[name];
+  const inRange =
+    Number.isFinite(value) &&
+    value >= (range.min ?? Number.NEGATIVE_INFINITY) &&
+    value > (range.above ?? Number.NEGATIVE_INFINITY) &&
+    value < (range.below ?? Number.POSITIVE_INFINITY);
+  if (!inRange) throw new KeelgradError(`${inWords(name)}: expected ${describeRange(range)}, found ${value}`);
+  if (value === range.default || usersOf(name, names).length > 0) return;
+  const [first, ...others] = usersOf(name);
+  const also = others.length > 0 ? `, and so do ${others.join(', ')}` : '';
+  throw new KeelgradError(
+    `${inWords(name)} ${value} has no meaning for ${names.join(', ')}; ${first} defines it${also}`,
+  );
+}
+
+const libraryNaming = {
+  option: (key: string): string => key,
+  setting: (key: string, value: string | number): string => `${key}: ${JSON.stringify(value)}`,
+};
+
+/** Settings that are no plain numbers of one loss. */
+function requireSettings(o: PreferenceLossOptions, q: PreferenceParameters, nllWeight: number): void {
+  if (!(nllWeight >= 0)) throw new KeelgradError(`nll weight: expected a number of at least 0, found ${nllWeight}`);
+  requireOneOf('nll reduction', o.nllReduction ?? 'token-mean', Object.keys(nllTerms));
+  requireOneOf('f-divergence', q.fDivergenceType, fDivergences);
+  const coefficient = q.fAlphaDivergenceCoef;
+  if (!Number.isFinite(coefficient))
+    throw new KeelgradError(`f-divergence coefficient: expected a number, found ${coefficient}`);
+  if (coefficient !== defaultDivergenceCoefficient && q.fDivergenceType !== 'alpha_divergence')
+    throw new KeelgradError(`f-divergence coefficient ${coefficient} has no meaning for ${q.fDivergenceType}`);
+  if (q.slicLengthNormalize && !namesOf(o).includes('slic'))
+    throw new KeelgradError(`slic length normalize has no meaning for ${namesOf(o).join(', ')}; slic defines it`);
+}
+
+function requireOneOf(what: string, found: string, known: readonly string[]): void {
+  if (known.includes(found)) return;
+  throw new KeelgradError(`${what}: expected one of ${known.join(', ')}, found ${found}${didYouMean(found, known)}`);
+}
+
+function requireSane(pairs: PairLogProbs, o: PreferenceLossOptions, q: PreferenceParameters, nllWeight: number): void {
+  const names = namesOf(o);
+  if (!(o.beta > 0)) throw new KeelgradError(`beta: expected a number above 0, found ${o.beta}`);
+  for (const name of lossParameterNames) requireParameter(name, q[name], names);
+  requireSettings(o, q, nllWeight);
+  const { labelSmoothing, fDivergenceType } = q;
+  const hasReference = pairs.refChosen !== null && pairs.refRejected !== null;
+  const weighted = pairs.weights !== undefined;
+  const context = { names, labelSmoothing, fDivergenceType, nllWeight, hasReference, weighted };
+  const conflict = lossConflict(context, libraryNaming);
+  if (conflict) throw new KeelgradError(`[preferenceLoss] ${conflict}`);
 }
 
 /**
- * The preference loss of a batch: the weighted sum over loss types of the mean over pairs. A scalar.
+ * The preference loss of a batch: the weighted sum over loss types of the mean over pairs, plus the weighted NLL of the chosen
+ * responses. A scalar.
  *
- * @throws KeelgradError where parameters are out of range or would do nothing
+ * @throws KeelgradError where parameters are out of range or would do nothing, or a loss lacks an input
  */
 export function preferenceLoss(pairs: PairLogProbs, options: PreferenceLossOptions): Tensor {
-  const names = [options.lossType ?? 'sigmoid'].flat() as PreferenceLossName[];
+  const names = namesOf(options);
   const weights = options.lossWeights ?? names.map(() => 1);
-  requireSane(names, weights, options);
-  const parameters = { beta: options.beta, labelSmoothing: options.labelSmoothing ?? 0 };
-  return names
-    .map((name, k) => mul(mean(preferenceLosses[name].value(pairs, parameters)), weights[k]))
-    .reduce((total, term) => add(total, term));
+  requireNames(names, weights);
+  const parameters = completeParameters(options);
+  const nllWeight = options.nllWeight ?? defaultNllWeight(names);
+  requireSane(pairs, options, parameters, nllWeight);
+  const weighted = (each: Tensor): Tensor => (pairs.weights ? mul(each, pairs.weights) : each);
+  const terms = names.map((name, k) =>
+    mul(mean(weighted(preferenceLosses[name].value(pairs, parameters))), weights[k]),
+  );
+  if (nllWeight > 0) terms.push(mul(nllTerms[options.nllReduction ?? 'token-mean'](pairs), nllWeight));
+  return terms.reduce((total, term) => add(total, term));
 }
+
+/** The reward of a response that goes with the loss; with several losses, with the first. */
+export const implicitReward = (options: PreferenceLossOptions): Reward =>
+  rewardOf(namesOf(options), completeParameters(options));
 
 /** L_DPO (Eq. 1): preferenceLoss with the sigmoid loss. */
 export const dpoLoss = (pairs: PairLogProbs, options: { beta: number }): Tensor =>

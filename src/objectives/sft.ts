@@ -1,5 +1,5 @@
 // Supervised fine-tuning loss (spo.md §2, Eq. 72).
-import { mul, neg } from '../ops/elementwise.js';
+import { exp, mul, neg } from '../ops/elementwise.js';
 import { mean, sum } from '../ops/reduce.js';
 import type { Tensor } from '../tensor/tensor.js';
 
@@ -19,3 +19,13 @@ export function sftLoss(
   if (options.reduction === 'token-mean') return mul(sum(logProbs), -1 / options.tokens);
   return options.sequences === undefined ? neg(mean(logProbs)) : mul(sum(logProbs), -1 / options.sequences);
 }
+
+/**
+ * Dynamic fine-tuning: -Σ p log p / number of scored tokens, with each token's own probability p as a constant weight, so that
+ * unlikely tokens pull less. Wu et al. 2025, arXiv 2508.05629.
+ *
+ * @param logProbs token log-probabilities `[N]`
+ * @param options.tokens scored tokens to divide by: of the batch, or of all micro-batches of a step
+ */
+export const dftLoss = (logProbs: Tensor, options: { tokens: number }): Tensor =>
+  mul(sum(mul(logProbs, exp(logProbs.detach()))), -1 / options.tokens);

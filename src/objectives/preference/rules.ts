@@ -1,0 +1,75 @@
+// Combinations of losses and their settings that make no sense, each with its reason: for library calls and options alike.
+// Must stay free of tensors: options are checked before anything heavy is loaded.
+import { factsOf, type LossFacts, lossFacts, type PreferenceLossName } from './facts.js';
+
+/** What a combination consists of. */
+export interface LossContext {
+  readonly names: readonly PreferenceLossName[];
+  readonly labelSmoothing: number;
+  readonly fDivergenceType: string;
+  readonly nllWeight: number;
+  readonly hasReference: boolean;
+  /** Pairs in a batch, where that is known. */
+  readonly batchSize?: number;
+  /** Whether pairs are weighted (WPO). */
+  readonly weighted?: boolean;
+}
+
+/** How messages spell options. */
+export interface LossNaming {
+  option(key: string): string;
+  setting(key: string, value: string | number): string;
+}
+
+type Conflict = (context: LossContext, naming: LossNaming) => string | undefined;
+
+const first = (c: LossContext, is: (facts: LossFacts) => unknown): PreferenceLossName | undefined =>
+  c.names.find((name) => is(lossFacts[name]));
+
+const usesDivergence = (c: LossContext): boolean => c.fDivergenceType !== 'reverse_kl';
+
+const conflicts: readonly Conflict[] = [
+  (c) => {
+    const name = c.hasReference ? undefined : first(c, (facts) => facts.needsReference);
+    return name && `${name} needs a reference: ${lossFacts[name].needsReference}`;
+  },
+  (c, n) =>
+    c.names.includes('exo_pair') && c.labelSmoothing === 0
+      ? `exo_pair needs a label smoothing above 0: it takes its logarithm; the paper's is ${n.setting('labelSmoothing', 0.001)}`
+      : undefined,
+  (c, n) => {
+    const name = usesDivergence(c) ? first(c, (f) => !f.divergence && !isBatchMean(f)) : undefined;
+    return name && `${name} has no f-divergence; leave out ${n.option('fDivergenceType')}`;
+  },
+  (c, n) =>
+    usesDivergence(c) && !c.hasReference
+      ? `an f-divergence is one from the reference, and there is none; leave out ${n.option('fDivergenceType')}`
+      : undefined,
+  (c, n) =>
+    c.nllWeight > 0 && c.names.includes('sft')
+      ? `sft is the NLL of the chosen responses already; leave out ${n.option('nllWeight')}, or sft`
+      : undefined,
+  (c) => {
+    const name = c.weighted ? first(c, (facts) => facts.notPerPair) : undefined;
+    return name && `weights of pairs have no meaning for ${name}: ${lossFacts[name].notPerPair}`;
+  },
+  (c, n) => {
+    const name = c.batchSize === 1 ? first(c, (facts) => facts.sorts) : undefined;
+    return name && `${name} sorts the pairs of a batch; raise ${n.option('batchSize')} above 1`;
+  },
+];
+
+/** `sft` is beside scores of pairs, not one of them: a divergence of the other losses does not concern it. */
+const isBatchMean = (facts: LossFacts): boolean => facts.notPerPair !== undefined && !facts.sorts;
+
+/** What is wrong with a combination, or undefined. */
+export function lossConflict(context: LossContext, naming: LossNaming): string | undefined {
+  for (const conflict of conflicts) {
+    const found = conflict(context, naming);
+    if (found !== undefined) return found;
+  }
+  return undefined;
+}
+
+/** Whether some loss has a score that an f-divergence could replace. */
+export const takesDivergence = (names: readonly string[]): boolean => factsOf(names).some((facts) => facts.divergence);

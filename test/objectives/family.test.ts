@@ -1,0 +1,626 @@
+// The whole family of preference losses against TRL and against the papers' formulas: values, gradients, rewards; derivatives
+// against differences; refusals.
+import { existsSync } from 'node:fs';
+import { describe, expect, it } from 'vitest';
+import { gradcheck, gradgradcheck } from '../../src/autograd/gradcheck.js';
+import { valueAndGrad } from '../../src/autograd/transforms.js';
+import { KeelgradError } from '../../src/errors.js';
+import {
+  completeParameters,
+  dftLoss,
+  implicitReward,
+  type KtoOptions,
+  ktoKl,
+  ktoLoss,
+  ktoLosses,
+  lengthDesensitizedWeights,
+  type NllReduction,
+  nextBetaDpoMean,
+  type PairLogProbs,
+  type PreferenceLossName,
+  type PreferenceLossOptions,
+  preferenceLoss,
+  preferenceLosses,
+  sftLoss,
+  wpoWeights,
+} from '../../src/objectives/index.js';
+import { sortAscending } from '../../src/objectives/preference/sort.js';
+import { add, mul } from '../../src/ops/elementwise.js';
+import type { DType } from '../../src/tensor/dtype.js';
+import { scope } from '../../src/tensor/scope.js';
+import { Tensor } from '../../src/tensor/tensor.js';
+import { describeWithShared, readSharedJson, sharedPath } from '../shared.js';
+
+const FILE = 'golden/losses/losses.json';
+
+type Ragged = readonly (readonly number[])[];
+interface Batch {
+  readonly name: string;
+  readonly policy_chosen_token_logps: Ragged;
+  readonly policy_rejected_token_logps: Ragged;
+  readonly ref_chosen_token_logps: Ragged;
+  readonly ref_rejected_token_logps: Ragged;
+  readonly policy_chosen_token_log_sum_sq_probs: Ragged;
+  readonly policy_rejected_token_log_sum_sq_probs: Ragged;
+  readonly policy_prompt_token_logps: Ragged;
+  readonly policy_chosen_logps: readonly number[];
+  readonly policy_rejected_logps: readonly number[];
+  readonly ref_chosen_logps: readonly number[];
+  readonly ref_rejected_logps: readonly number[];
+  readonly chosen_lengths: readonly number[];
+  readonly rejected_lengths: readonly number[];
+}
+
+/** A response of KTO's batches. */
+interface Labelled {
+  readonly label: boolean;
+  readonly policy_token_logps: readonly number[];
+  readonly ref_token_logps: readonly number[];
+  readonly kl_policy_token_logps: readonly number[];
+  readonly kl_ref_token_logps: readonly number[];
+}
+
+interface Result {
+  readonly batch: string;
+  readonly loss: number;
+  readonly loss_float32?: number | string;
+  readonly per_example_loss?: readonly number[] | null;
+  readonly per_example_preference_loss?: readonly number[];
+  readonly rewards_chosen?: readonly number[];
+  readonly rewards_rejected?: readonly number[];
+  readonly rewards?: readonly number[];
+  readonly grad_policy_logps?: { readonly chosen: readonly number[]; readonly rejected: readonly number[] };
+  readonly grad_policy_token_logps?: { readonly chosen: Ragged; readonly rejected: Ragged };
+  readonly grad_policy_prompt_token_logps?: Ragged;
+  readonly pair_weights?: readonly number[];
+  readonly logps_used?: Readonly<Record<string, readonly number[]>>;
+  readonly m0_next?: number;
+  readonly kl?: number;
+}
+
+// biome-ignore lint/suspicious/noExplicitAny: a recorded configuration
+type Config = any;
+interface Entry {
+  readonly id: string;
+  readonly trainer?: string;
+  readonly loss?: string;
+  readonly config: Config;
+  readonly results: readonly Result[];
+}
+
+/** A recorded case in our words. */
+interface Case {
+  readonly id: string;
+  readonly options: PreferenceLossOptions;
+  readonly results: readonly Result[];
+  readonly reference: boolean;
+  readonly ldAlpha?: number;
+  readonly weighted?: boolean;
+  readonly offset?: number;
+  /** ORPO's NLL over prompt and response, which is not preferenceLoss's. */
+  readonly promptNll?: boolean;
+}
+
+const defined = <T extends object>(given: T): T =>
+  Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) as T;
+
+function dpoTrainer({ id, config: c, results }: Entry): Case {
+  const options = defined({
+    lossType: c.loss_type,
+    beta: c.beta,
+    lossWeights: c.loss_weights,
+    labelSmoothing: c.label_smoothing,
+    discopopTau: c.discopop_tau,
+    fDivergenceType: c.f_divergence_type,
+    fAlphaDivergenceCoef: c.f_alpha_divergence_coef,
+  });
+  return { id, options, results, reference: true, ldAlpha: c.ld_alpha, weighted: c.use_weighting };
+}
+
+function cpoTrainer({ id, config: c, results }: Entry): Case {
+  const names: Record<string, PreferenceLossName> = { sigmoid: 'cpo', simpo: 'simpo', alphapo: 'alphapo' };
+  const options = defined({
+    lossType: names[c.loss_type] ?? c.loss_type,
+    beta: c.beta,
+    nllWeight: c.loss_type === 'alphapo' ? undefined : c.cpo_alpha,
+    labelSmoothing: c.label_smoothing,
+    simpoGamma: c.simpo_gamma,
+    alphapoAlpha: c.alpha,
+  });
+  return { id, options, results, reference: false };
+}
+
+const orpoTrainer = ({ id, config, results }: Entry): Case => ({
+  id,
+  options: { lossType: 'orpo', beta: 1, orpoLambda: config.beta, nllWeight: 0 },
+  results,
+  reference: false,
+  promptNll: true,
+});
+
+const reductions: Readonly<Record<string, NllReduction>> = {
+  sequence_mean: 'sequence-mean',
+  token_mean: 'token-mean',
+  sequence_sum: 'sequence-sum',
+  completion_sequence_mean: 'sequence-mean',
+  completion_token_mean: 'token-mean',
+};
+
+const formulas: Readonly<Record<string, (c: Config) => PreferenceLossOptions>> = {
+  cdpo: (c) => ({ lossType: 'cdpo', beta: c.beta, labelSmoothing: c.label_smoothing }),
+  dpo_nll: (c) => ({ beta: c.beta, nllWeight: c.rpo_alpha, nllReduction: reductions[c.reduction] }),
+  dpop: (c) => ({ lossType: 'dpop', beta: c.beta, dpopLambda: c.dpop_lambda }),
+  rdpo: (c) => ({ lossType: 'rdpo', beta: c.beta, rdpoAlpha: c.alpha }),
+  cal_dpo: (c) => ({ lossType: 'cal_dpo', beta: c.beta }),
+  beta_dpo: (c) => ({ lossType: 'beta_dpo', beta: c.beta, betaDpoAlpha: c.alpha, betaDpoMean: c.m0 }),
+  ipo_sum: (c) => ({ lossType: 'ipo_sum', beta: c.tau }),
+  odpo: (c) => ({ lossType: 'odpo', beta: c.beta }),
+  cpo: (c) => ({ lossType: 'cpo', beta: c.beta, nllWeight: c.cpo_alpha, nllReduction: reductions[c.nll] }),
+  orpo: (c) =>
+    defined({
+      lossType: 'orpo',
+      beta: 1,
+      orpoLambda: c.orpo_lambda,
+      nllReduction: reductions[c.nll],
+      nllWeight: reductions[c.nll] ? undefined : 0,
+    }),
+  simpo: (c) => ({ lossType: 'simpo', beta: c.beta, simpoGamma: c.gamma }),
+  slic: (c) => ({
+    lossType: 'slic',
+    beta: 1,
+    slicDelta: c.delta,
+    slicLambda: c.slic_lambda,
+    slicLengthNormalize: c.length_normalize,
+  }),
+};
+
+const formula = ({ id, loss, config, results }: Entry): Case => ({
+  id,
+  options: formulas[loss!](config),
+  results,
+  reference: true,
+  offset: config.offset,
+  promptNll: config.nll === 'prompt_and_completion_token_mean',
+});
+
+const trainers: Readonly<Record<string, (entry: Entry) => Case>> = {
+  DPOTrainer: dpoTrainer,
+  CPOTrainer: cpoTrainer,
+  ORPOTrainer: orpoTrainer,
+};
+
+/** Recorded cases of pairs, but TRL's sigmoid with a label smoothing that it ignores: refused here. */
+const casesOf = (golden: { trl: Entry[]; reference: Entry[] }): Case[] => [
+  ...golden.trl.filter(({ id, trainer }) => trainers[trainer!] && id !== 'trl-037').map((e) => trainers[e.trainer!](e)),
+  ...golden.reference.map(formula),
+];
+
+const total = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
+const sums = (rows: Ragged): number[] => rows.map(total);
+const upload = (values: readonly number[], dtype: DType = 'float64'): Tensor =>
+  Tensor.from(Float64Array.from(values), { dtype });
+const places = (rows: Ragged, from = 0): number[] => rows.flatMap((row, i) => row.map(() => from + i));
+
+/** The inputs of a case: sums over tokens, weighted by ld_alpha where the case has it. */
+function pairsOf(batch: Batch, c: Case, dtype: DType = 'float64'): PairLogProbs {
+  const put = (values: readonly number[]): Tensor => upload(values, dtype);
+  const weights = lengthDesensitizedWeights(batch.chosen_lengths, batch.rejected_lengths, c.ldAlpha ?? 1);
+  const count = total(batch.chosen_lengths);
+  const weigh = (rows: Ragged, start: number): number[] => {
+    let at = start;
+    return sums(rows.map((row) => row.map((x) => x * weights[at++])));
+  };
+  const score = (rows: Ragged, plain: readonly number[], start: number): Tensor =>
+    put(c.ldAlpha === undefined ? plain : weigh(rows, start));
+  return {
+    chosen: score(batch.policy_chosen_token_logps, batch.policy_chosen_logps, 0),
+    rejected: score(batch.policy_rejected_token_logps, batch.policy_rejected_logps, count),
+    refChosen: c.reference ? score(batch.ref_chosen_token_logps, batch.ref_chosen_logps, 0) : null,
+    refRejected: c.reference ? score(batch.ref_rejected_token_logps, batch.ref_rejected_logps, count) : null,
+    chosenLengths: put(batch.chosen_lengths),
+    rejectedLengths: put(batch.rejected_lengths),
+    ...(c.weighted && { weights: pairWeights(batch, dtype) }),
+    ...(c.offset !== undefined && { offsets: put(batch.chosen_lengths.map(() => c.offset!)) }),
+  };
+}
+
+function pairWeights(batch: Batch, dtype: DType = 'float64'): Tensor {
+  const pairs = batch.chosen_lengths.length;
+  const [chosen, rejected] = [batch.policy_chosen_token_logps, batch.policy_rejected_token_logps];
+  const squares = [batch.policy_chosen_token_log_sum_sq_probs, batch.policy_rejected_token_log_sum_sq_probs];
+  return wpoWeights(
+    upload([...chosen, ...rejected].flat(), dtype),
+    upload(squares.flat(2), dtype),
+    Tensor.from(Int32Array.from([...places(chosen), ...places(rejected, pairs)])),
+    upload([...batch.chosen_lengths, ...batch.rejected_lengths], dtype),
+  );
+}
+
+/** Loss and gradients for the sums of chosen, rejected and prompts. */
+function evaluate(batch: Batch, c: Case, dtype: DType = 'float64') {
+  return scope(() => {
+    const pairs = pairsOf(batch, c, dtype);
+    const prompts = upload(sums(batch.policy_prompt_token_logps), dtype);
+    const tokens = total(batch.chosen_lengths) + batch.policy_prompt_token_logps.flat().length;
+    const loss = (chosen: Tensor, rejected: Tensor, prompt: Tensor): Tensor => {
+      const preference = preferenceLoss({ ...pairs, chosen, rejected }, c.options);
+      // Without the NLL of ORPO's trainer the prompts have no part: zero, so that they have a gradient.
+      const nll = sftLoss(add(chosen, prompt), { reduction: 'token-mean', tokens });
+      return c.promptNll
+        ? add(preference, nll)
+        : add(preference, mul(sftLoss(prompt, { reduction: 'sum', tokens }), 0));
+    };
+    const [value, gradients] = valueAndGrad(loss)(pairs.chosen, pairs.rejected, prompts);
+    const [chosen, rejected, prompt] = gradients.map((g) => [...g.dataSync()]);
+    return { loss: value.item(), chosen, rejected, prompt };
+  });
+}
+
+const relative = (found: number, expected: number): number =>
+  Math.abs(found - expected) / Math.max(1, Math.abs(expected));
+const worst = (found: ArrayLike<number>, expected: readonly number[]): number => {
+  expect(found.length).toBe(expected.length);
+  return Math.max(...expected.map((e, i) => relative(found[i], e)));
+};
+
+const nllPerPair: Readonly<Record<NllReduction, (sum: number, tokens: number) => number>> = {
+  'token-mean': () => 0, // one number for the batch, not contained in the values by pair
+  'sequence-mean': (sum, tokens) => -sum / tokens,
+  'sequence-sum': (sum) => -sum,
+};
+
+function valuesByPair(batch: Batch, c: Case): number[] {
+  return scope(() => {
+    const pairs = pairsOf(batch, c);
+    const value = preferenceLosses[[c.options.lossType ?? 'sigmoid'].flat()[0]].value(
+      pairs,
+      completeParameters(c.options),
+    );
+    const weights = pairs.weights?.dataSync() ?? batch.chosen_lengths.map(() => 1);
+    const nll = nllPerPair[c.options.nllReduction ?? 'token-mean'];
+    const weight = c.options.nllWeight ?? (c.options.lossType === 'orpo' ? 1 : 0);
+    return [...value.dataSync()].map(
+      (x, i) => x * weights[i] + weight * nll(batch.policy_chosen_logps[i], batch.chosen_lengths[i]),
+    );
+  });
+}
+
+/** The gradient for the sums of a sequence, from that for its tokens under LD-DPO: that of its first token, whose weight is 1. */
+const firstTokens = (rows: Ragged): number[] => rows.map((row) => row[0]);
+
+describeWithShared('recorded losses of the family', FILE, () => {
+  const golden = existsSync(sharedPath(FILE)) ? readSharedJson(FILE) : { trl: [], reference: [], batches: {} };
+  const cases = casesOf(golden);
+  const batchOf = (name: string): Batch => golden.batches[name];
+
+  it('covers every loss of the table and every recording of pairs', () => {
+    const names = new Set(cases.flatMap(({ options }) => options.lossType ?? 'sigmoid'));
+    expect([...names].sort()).toEqual(Object.keys(preferenceLosses).sort());
+    expect(cases.length).toBe(golden.reference.length + 84 - 1);
+  });
+
+  describe.each(cases)('$id $options', (c) => {
+    it.each(c.results)('$batch', (result) => {
+      if (!Number.isFinite(result.loss)) return expectFinite(evaluate(batchOf(result.batch), c));
+      const batch = batchOf(result.batch);
+      const found = evaluate(batch, c);
+      expect(relative(found.loss, result.loss)).toBeLessThan(1e-12);
+      const tokens = result.grad_policy_token_logps;
+      const chosen = tokens ? firstTokens(tokens.chosen) : result.grad_policy_logps!.chosen;
+      const rejected = tokens ? firstTokens(tokens.rejected) : result.grad_policy_logps!.rejected;
+      expect(worst(found.chosen, chosen)).toBeLessThan(1e-12);
+      expect(worst(found.rejected, rejected)).toBeLessThan(1e-12);
+      if (result.grad_policy_prompt_token_logps)
+        for (const [i, row] of result.grad_policy_prompt_token_logps.entries())
+          for (const g of row) expect(relative(found.prompt[i], g)).toBeLessThan(1e-12);
+      const each = result.per_example_loss ?? result.per_example_preference_loss;
+      if (each && [c.options.lossType].flat().length === 1)
+        expect(worst(valuesByPair(batch, c), each)).toBeLessThan(1e-12);
+    });
+
+    it.each(c.results)('$batch in float32', (result) => {
+      if (typeof (result.loss_float32 ?? 0) === 'string') return;
+      expect(relative(evaluate(batchOf(result.batch), c, 'float32').loss, result.loss)).toBeLessThan(1e-6);
+    });
+
+    it.each(c.results.filter((r) => r.rewards_chosen))('$batch: rewards', (result) => {
+      const reward = implicitReward(c.options);
+      const pairs = pairsOf(batchOf(result.batch), c);
+      const of = (policy: Tensor, reference: Tensor | null, lengths: Tensor): number[] => {
+        const [p, r, n] = [policy.dataSync(), reference?.dataSync(), lengths.dataSync()];
+        return Array.from(p, (x, i) => reward(x, r ? r[i] : null, n[i]));
+      };
+      expect(worst(of(pairs.chosen, pairs.refChosen, pairs.chosenLengths), result.rewards_chosen!)).toBeLessThan(1e-12);
+      const rejected = of(pairs.rejected, pairs.refRejected, pairs.rejectedLengths);
+      expect(worst(rejected, result.rewards_rejected!)).toBeLessThan(1e-12);
+    });
+  });
+
+  /** Recorded as NaN (infinity times 0); here a number. */
+  const expectFinite = ({ loss, chosen, rejected }: ReturnType<typeof evaluate>): void =>
+    expect([loss, ...chosen, ...rejected].every(Number.isFinite)).toBe(true);
+
+  it('sigmoid with --reference none and smoothing is the loss of the CPO trainer, as cdpo', () => {
+    for (const { id, config, results } of golden.trl as Entry[])
+      if (id === 'trl-078')
+        for (const { batch, loss } of results) {
+          const options = { lossType: 'cdpo', beta: config.beta, labelSmoothing: 0.1, nllWeight: 1 } as const;
+          expect(
+            relative(evaluate(batchOf(batch), { id, options, results, reference: false }).loss, loss),
+          ).toBeLessThan(1e-12);
+        }
+  });
+
+  it('beta_dpo: the mean for the next batch, from a number or from a scalar', () => {
+    for (const { id, loss, config, results } of golden.reference as Entry[])
+      if (loss === 'beta_dpo')
+        for (const { batch, m0_next } of results)
+          scope(() => {
+            const pairs = pairsOf(batchOf(batch), { id, options: { beta: 1 }, results, reference: true });
+            for (const m0 of [config.m0 as number, upload([config.m0]).reshape([])])
+              expect(relative(nextBetaDpoMean(pairs, m0, config.momentum).item(), m0_next!)).toBeLessThan(1e-13);
+            const options = {
+              lossType: 'beta_dpo',
+              beta: config.beta,
+              betaDpoMean: upload([config.m0]).reshape([]),
+            } as const;
+            const expected = results.find((r) => r.batch === batch)!.loss;
+            expect(relative(preferenceLoss(pairs, options).item(), expected)).toBeLessThan(1e-12);
+          });
+  });
+
+  it('LD-DPO: scores, and gradients of every token', () => {
+    for (const c of cases.filter(({ ldAlpha }) => ldAlpha !== undefined))
+      for (const result of c.results.filter((r) => r.grad_policy_token_logps))
+        scope(() => {
+          const batch = batchOf(result.batch);
+          const found = evaluate(batch, c);
+          const weights = lengthDesensitizedWeights(batch.chosen_lengths, batch.rejected_lengths, c.ldAlpha!);
+          const { chosen, rejected } = result.grad_policy_token_logps!;
+          const bySequence = [...found.chosen, ...found.rejected];
+          const all = [...chosen, ...rejected];
+          const perToken = Array.from(weights, (w, t) => w * bySequence[places(all)[t]]);
+          expect(worst(perToken, all.flat())).toBeLessThan(1e-12);
+        });
+  });
+
+  it('WPO: the weights of pairs', () => {
+    for (const c of cases.filter(({ weighted }) => weighted))
+      for (const { batch, pair_weights } of c.results)
+        scope(() => expect(worst(pairWeights(batchOf(batch)).dataSync(), pair_weights!)).toBeLessThan(1e-12));
+  });
+
+  it.each((golden.trl as Entry[]).filter(({ trainer }) => trainer === 'KTOTrainer'))('KTO: $id $config', (entry) => {
+    const c = entry.config;
+    const options = defined<KtoOptions>({
+      beta: c.beta,
+      lossType: c.loss_type,
+      desirableWeight: c.desirable_weight,
+      undesirableWeight: c.undesirable_weight,
+    });
+    for (const result of entry.results)
+      scope(() => {
+        const examples: readonly Labelled[] = golden.kto_batches[result.batch];
+        for (const dtype of ['float64', 'float32'] as const) {
+          const put = (key: Exclude<keyof Labelled, 'label'>): Tensor =>
+            upload(sums(examples.map((e) => e[key])), dtype);
+          const kl = ktoKl(put('kl_policy_token_logps'), put('kl_ref_token_logps'));
+          const inputs = {
+            policy: put('policy_token_logps'),
+            reference: put('ref_token_logps'),
+            desirable: upload(
+              examples.map(({ label }) => Number(label)),
+              dtype,
+            ),
+            kl,
+          };
+          const [value, [gradient]] = valueAndGrad((policy: Tensor) => ktoLoss({ ...inputs, policy }, options))(
+            inputs.policy,
+          );
+          expect(relative(value.item(), result.loss)).toBeLessThan(dtype === 'float64' ? 1e-12 : 1e-6);
+          if (dtype === 'float32') continue;
+          if (c.loss_type === 'kto') expect(relative(kl.item(), result.kl!)).toBeLessThan(1e-12);
+          const reward = implicitReward({ beta: c.beta });
+          const [policy, reference] = [inputs.policy.dataSync(), inputs.reference.dataSync()];
+          expect(
+            worst(
+              Array.from(policy, (x, i) => reward(x, reference[i], 1)),
+              result.rewards!,
+            ),
+          ).toBeLessThan(1e-12);
+          expect(worst(gradient.dataSync(), result.grad_policy_logps as unknown as number[])).toBeLessThan(1e-12);
+          expect(worst(ktoLosses(inputs, options).dataSync(), result.per_example_loss!)).toBeLessThan(1e-12);
+        }
+      });
+  });
+
+  it.each((golden.trl as Entry[]).filter(({ config }) => config.loss_type === 'dft'))('DFT: $id $config', (entry) => {
+    for (const result of entry.results)
+      scope(() => {
+        const rows = batchOf(result.batch).policy_chosen_token_logps;
+        const tokens = entry.config.num_items_in_batch ?? rows.flat().length;
+        const [value, [gradient]] = valueAndGrad((x: Tensor) => dftLoss(x, { tokens }))(upload(rows.flat()));
+        expect(relative(value.item(), result.loss)).toBeLessThan(1e-13);
+        const given = result.grad_policy_token_logps as unknown as Ragged | { chosen: Ragged };
+        expect(worst(gradient.dataSync(), ('chosen' in given ? given.chosen : given).flat())).toBeLessThan(1e-13);
+      });
+  });
+});
+
+/** Settings of each loss that leave no kink near the pairs below. */
+const smooth: Readonly<Record<PreferenceLossName, Partial<PreferenceLossOptions>>> = {
+  sigmoid: {},
+  hinge: {},
+  ipo: {},
+  ipo_sum: {},
+  robust: { labelSmoothing: 0.2 },
+  cdpo: { labelSmoothing: 0.2 },
+  exo_pair: { labelSmoothing: 0.2 },
+  nca_pair: {},
+  bco_pair: {},
+  sppo_hard: {},
+  apo_zero: {},
+  apo_down: {},
+  aot: { labelSmoothing: 0.2 },
+  aot_unpaired: { labelSmoothing: 0.2 },
+  discopop: { discopopTau: 0.3 },
+  sigmoid_norm: {},
+  dpop: { dpopLambda: 2 },
+  rdpo: { rdpoAlpha: 0.1 },
+  cal_dpo: {},
+  simpo: { labelSmoothing: 0.2, simpoGamma: 1 },
+  alphapo: { labelSmoothing: 0.2, simpoGamma: 1, alphapoAlpha: -0.5 },
+  cpo: { labelSmoothing: 0.2 },
+  orpo: { orpoLambda: 0.7 },
+  slic: { slicDelta: 2, slicLambda: 0.3 },
+  sft: {},
+  odpo: {},
+  beta_dpo: { betaDpoAlpha: 0 },
+};
+const names = Object.keys(smooth) as PreferenceLossName[];
+
+const pairs = (): PairLogProbs => ({
+  chosen: upload([-3, -5.5, -1.25]),
+  rejected: upload([-4.25, -2, -6]),
+  refChosen: upload([-2, -6, -2]),
+  refRejected: upload([-5, -1, -3.5]),
+  chosenLengths: upload([2, 5, 1]),
+  rejectedLengths: upload([4, 1, 7]),
+  offsets: upload([0.5, 0, 1]),
+});
+const alone = (): PairLogProbs => ({ ...pairs(), refChosen: null, refRejected: null });
+
+describe('derivatives', () => {
+  it.each(names)('of %s, first and second, are those of differences', (lossType) => {
+    scope(() => {
+      const p = pairs();
+      const loss = (chosen: Tensor, rejected: Tensor): Tensor =>
+        preferenceLoss({ ...p, chosen, rejected }, { beta: 0.7, lossType, ...smooth[lossType] });
+      expect(gradcheck(loss, [p.chosen, p.rejected]).ok).toBe(true);
+      expect(gradgradcheck(loss, [p.chosen, p.rejected]).ok).toBe(true);
+    });
+  });
+
+  it.each(['forward_kl', 'js_divergence', 'alpha_divergence'] as const)('with the score of %s', (fDivergenceType) => {
+    scope(() => {
+      const p = pairs();
+      const loss = (chosen: Tensor, rejected: Tensor): Tensor =>
+        preferenceLoss({ ...p, chosen, rejected }, { beta: 0.7, fDivergenceType });
+      expect(gradcheck(loss, [p.chosen, p.rejected]).ok).toBe(true);
+    });
+  });
+});
+
+describe('sortAscending', () => {
+  it('sorts like the host, ties in their order, and sends each gradient to its element', () => {
+    scope(() => {
+      const values = [3, -1, 3, 0, -1, 1e-9, -0.5];
+      const sorted = sortAscending(upload(values));
+      expect([...sorted.dataSync()]).toEqual([...values].sort((a, b) => a - b));
+      const weights = upload([1, 2, 3, 4, 5, 6, 7]);
+      const [, [g]] = valueAndGrad((x: Tensor) => sortAscending(x).mul(weights).sum())(upload(values));
+      expect([...g.dataSync()]).toEqual([6, 1, 7, 4, 2, 5, 3]);
+    });
+  });
+});
+
+describe('extremes', () => {
+  it.each(names)('%s stays finite in float32 for margins of hundreds', (lossType) => {
+    scope(() => {
+      for (const size of [-500, -1, 0, 1, 500]) {
+        const put = (...values: number[]): Tensor => upload(values, 'float32');
+        const p: PairLogProbs = {
+          chosen: put(-600 + size, -1),
+          rejected: put(-600, -1 - Math.abs(size)),
+          refChosen: put(-600, -2),
+          refRejected: put(-600, -2),
+          chosenLengths: put(60, 1),
+          rejectedLengths: put(60, 9),
+          offsets: put(0, 1),
+        };
+        const loss = (chosen: Tensor, rejected: Tensor): Tensor =>
+          preferenceLoss({ ...p, chosen, rejected }, { beta: 1, lossType, ...smooth[lossType] });
+        const [value, gradients] = valueAndGrad(loss)(p.chosen, p.rejected);
+        expect([value.item(), ...gradients.flatMap((g) => [...g.dataSync()])].every(Number.isFinite)).toBe(true);
+      }
+    });
+  });
+
+  it('orpo: a probability that rounds to 1 gives no NaN', () => {
+    scope(() => {
+      const p = { ...alone(), chosen: upload([0, -1, -2]) };
+      const [value, [g]] = valueAndGrad((chosen: Tensor) =>
+        preferenceLoss({ ...p, chosen }, { beta: 1, lossType: 'orpo' }),
+      )(p.chosen);
+      expect([value.item(), ...g.dataSync()].every(Number.isFinite)).toBe(true);
+    });
+  });
+});
+
+describe('refusals', () => {
+  const refusal = (
+    given: Partial<PreferenceLossOptions>,
+    p: (() => PairLogProbs) | PairLogProbs = pairs,
+  ): RegExp | string => {
+    try {
+      scope(() => preferenceLoss(typeof p === 'function' ? p() : p, { beta: 0.5, ...given }).item());
+    } catch (error) {
+      expect(error).toBeInstanceOf(KeelgradError);
+      return (error as Error).message;
+    }
+    return 'accepted';
+  };
+
+  it.each<[Partial<PreferenceLossOptions>, string]>([
+    [{ lossType: [] }, 'expected at least one of sigmoid'],
+    [{ lossType: 'simp' as never }, 'did you mean "simpo"?'],
+    [{ lossType: 'exo_pair' }, 'exo_pair needs a label smoothing above 0'],
+    [{ simpoGamma: 1 }, 'simpo gamma 1 has no meaning for sigmoid; simpo defines it, and so do alphapo'],
+    [{ dpopLambda: 1 }, 'dpop lambda 1 has no meaning for sigmoid; dpop defines it'],
+    [{ lossType: 'dpop', dpopLambda: -1 }, 'dpop lambda: expected a number of at least 0, found -1'],
+    [{ lossType: 'discopop', discopopTau: 0 }, 'discopop tau: expected a number above 0, found 0'],
+    [{ lossType: 'alphapo', alphapoAlpha: Number.NaN }, 'alphapo alpha: expected a number, found NaN'],
+    [{ lossType: 'hinge', labelSmoothing: 0.1 }, 'label smoothing 0.1 has no meaning for hinge; robust defines it'],
+    [{ slicLengthNormalize: true }, 'slic length normalize has no meaning for sigmoid'],
+    [{ nllWeight: -1 }, 'nll weight: expected a number of at least 0, found -1'],
+    [{ nllWeight: 1, nllReduction: 'mean' as never }, 'nll reduction: expected one of token-mean'],
+    [{ lossType: ['sigmoid', 'sft'], nllWeight: 1 }, 'sft is the NLL of the chosen responses already'],
+    [{ fDivergenceType: 'kl' as never }, 'f-divergence: expected one of reverse_kl'],
+    [{ fDivergenceType: 'js_divergence', lossType: 'nca_pair' }, 'nca_pair has no f-divergence'],
+    [{ fAlphaDivergenceCoef: 2 }, 'f-divergence coefficient 2 has no meaning for reverse_kl'],
+    [{ fDivergenceType: 'alpha_divergence', fAlphaDivergenceCoef: Number.NaN }, 'expected a number, found NaN'],
+  ])('%j', (given, message) => {
+    expect(refusal(given)).toContain(message);
+  });
+
+  it('losses that need a reference, each with the reason; the others do without', () => {
+    const needing = names.filter((lossType) => refusal({ lossType, ...smooth[lossType] }, alone) !== 'accepted');
+    expect(needing).toEqual([
+      ...['nca_pair', 'bco_pair', 'sppo_hard', 'apo_zero', 'apo_down', 'aot', 'aot_unpaired', 'dpop', 'cal_dpo'],
+    ]);
+    for (const lossType of needing)
+      expect(refusal({ lossType, ...smooth[lossType] }, alone)).toContain(`${lossType} needs a reference: it `);
+    expect(refusal({ fDivergenceType: 'js_divergence' }, alone)).toContain('there is none');
+  });
+
+  it('weights of pairs where a loss has no value for each pair', () => {
+    const weighted = (): PairLogProbs => ({ ...pairs(), weights: upload([1, 2, 3]) });
+    const refused = names.filter((lossType) => refusal({ lossType, ...smooth[lossType] }, weighted) !== 'accepted');
+    expect(refused).toEqual(['aot', 'aot_unpaired', 'sft']);
+  });
+
+  it('odpo without offsets, LD-DPO and KTO out of range', () => {
+    expect(refusal({ lossType: 'odpo' }, () => ({ ...pairs(), offsets: undefined }))).toContain(
+      'an offset for each pair',
+    );
+    expect(() => lengthDesensitizedWeights([1], [2], 1.5)).toThrow(KeelgradError);
+    expect(() => lengthDesensitizedWeights([1], [2, 3], 0.5)).toThrow(/as many chosen as rejected/);
+    scope(() => {
+      const responses = { policy: upload([-1]), reference: upload([-1]), desirable: upload([1]) };
+      expect(() => ktoLoss(responses, { beta: 0 })).toThrow(/beta: expected a number above 0/);
+      expect(() => ktoLoss(responses, { beta: 1 })).toThrow(/expected the KL estimate/);
+      const negative = { beta: 1, lossType: 'apo_zero_unpaired', undesirableWeight: -1 } as const;
+      expect(() => ktoLoss(responses, negative)).toThrow(/undesirableWeight: expected a number of at least 0/);
+    });
+  });
+});
