@@ -33,6 +33,8 @@ export interface LoopOptions {
 interface Enqueued {
   planned: PlannedStep;
   metrics: Promise<Metrics>;
+  /** When the device was done with the step, in ms. */
+  ended: Promise<number>;
   records: number[];
 }
 
@@ -79,8 +81,7 @@ class Throughput {
   private time = performance.now();
   private tokens = 0;
 
-  next(tokens: number): number {
-    const now = performance.now();
+  next(tokens: number, now: number): number {
     const rate = ((tokens - this.tokens) / (now - this.time)) * 1000;
     this.time = now;
     this.tokens = tokens;
@@ -89,7 +90,7 @@ class Throughput {
 }
 
 async function finish(
-  { planned, metrics, records }: Enqueued,
+  { planned, metrics, ended, records }: Enqueued,
   totalSteps: number,
   clock: Throughput,
 ): Promise<RunStep> {
@@ -103,7 +104,7 @@ async function finish(
   return {
     step: planned.step + 1,
     totalSteps,
-    metrics: { ...values, tokens_per_second: clock.next(values.num_tokens) },
+    metrics: { ...values, tokens_per_second: clock.next(values.num_tokens, await ended) },
   };
 }
 
@@ -124,9 +125,9 @@ async function enqueue(task: Task, planned: PlannedStep, halted: Tensor, options
     epoch: planned.epoch,
     peak_memory: memory(trainable.model.device).peak,
   }));
-  // A failure must not be reported as unhandled while its turn has not come.
-  merged.catch(() => undefined);
-  return { planned, metrics: merged, records: task.records(planned) };
+  // Both handlers: a failure must not be reported as unhandled while its turn has not come.
+  const now = (): number => performance.now();
+  return { planned, metrics: merged, ended: merged.then(now, now), records: task.records(planned) };
 }
 
 /** Clips and updates, disposes of the losses; returns the joint norm and the squared norms of the groups. */
