@@ -67,8 +67,13 @@ async function main() {
       section,
       rows.filter((r) => r.section === section),
     );
-  if (options.json)
-    writeFileSync(options.json, `${JSON.stringify({ machine: cpus()[0].model, info, rows }, null, 2)}\n`);
+  if (options.json) {
+    // Results are committed: they name the machine, not where things lie on it.
+    writeFileSync(
+      options.json,
+      `${JSON.stringify({ machine: cpus()[0].model, info: { ...info, addon: undefined }, rows }, null, 2)}\n`,
+    );
+  }
 }
 
 main().catch((error) => {
