@@ -1,9 +1,9 @@
 // The output folder of a run: whether it may be used, metrics.jsonl and run.json in it, what --overwrite replaces.
 // Must never delete a file that no keelgrad run writes, and writes nothing before `begin`.
 
-import { closeSync, mkdirSync, openSync, readFileSync, writeSync } from 'node:fs';
+import { closeSync, existsSync, mkdirSync, openSync, readFileSync, writeSync } from 'node:fs';
 import { readdir, readFile, realpath, rm } from 'node:fs/promises';
-import { join, resolve, sep } from 'node:path';
+import { dirname, join, resolve, sep } from 'node:path';
 import { KeelgradError } from '../errors.js';
 import { writeJsonAtomic } from '../io/atomic.js';
 import { packageRoot } from '../package-root.js';
@@ -128,7 +128,10 @@ export function packageVersion(): string {
 
 function createFolder(output: string): void {
   try {
-    mkdirSync(output, { recursive: true });
+    // One by one: where a file system refuses (as /proc does), Node's recursive mkdir never returns.
+    const missing: string[] = [];
+    for (let at = resolve(output); !existsSync(at); at = dirname(at)) missing.unshift(at);
+    for (const folder of missing) mkdirSync(folder);
   } catch (error) {
     throw new KeelgradError(`${output}: cannot be created (${(error as Error).message}); name another --output`, {
       cause: error,
