@@ -47,6 +47,8 @@ export function didYouMean(name: string, candidates: Iterable<string>): string {
 
 /** A value as it is quoted in messages: JSON, cut to a line's length. */
 export function show(value: unknown): string {
-  const text = value === undefined ? 'nothing' : (JSON.stringify(value) ?? String(value));
+  // JSON has no NaN or infinity: it would print null.
+  const isPlain = typeof value !== 'number' || Number.isFinite(value);
+  const text = value === undefined ? 'nothing' : ((isPlain ? JSON.stringify(value) : undefined) ?? String(value));
   return text.length > 80 ? `${text.slice(0, 77)}...` : text;
 }

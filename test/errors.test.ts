@@ -25,6 +25,7 @@ describe('messages', () => {
     expect(show(undefined)).toBe('nothing');
     expect(show('x'.repeat(200)).length).toBe(80);
     expect(show({ a: [1] })).toBe('{"a":[1]}');
+    expect([Number.NaN, Number.POSITIVE_INFINITY, null].map(show)).toEqual(['NaN', 'Infinity', 'null']);
   });
   it('are of a class of their own', () => {
     expect(new KeelgradError('x', { cause: 1 })).toMatchObject({ name: 'KeelgradError', message: 'x', cause: 1 });

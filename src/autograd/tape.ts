@@ -164,9 +164,6 @@ export function forbidCaptured<T>(f: () => T): T {
   return withMasks(0, forbidden | recordMask, f);
 }
 
-/** True while some transform is recording. */
-export const isRecording = (): boolean => recordMask !== 0;
-
 function useSaved(node: Node): Tensor[] {
   return node.saved.map((s) => {
     if (s.storage.version !== s.version)

@@ -9,6 +9,10 @@ process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   if (error.code === 'EPIPE') process.exit(0);
   throw error;
 });
+// One that closes only the notes must not cost a run its weights: it goes on without being watched.
+process.stderr.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code !== 'EPIPE') throw error;
+});
 
 const { stdout, stderr, env } = process;
 main(process.argv.slice(2), { stdout, stderr, env, signals: process, exit: (code) => process.exit(code) }).then(

@@ -79,9 +79,6 @@ export function linearModules(config: ModelConfig): Map<string, [number, number]
   return modules;
 }
 
-/** Weight decay leaves these alone by default: everything with one axis (norm weights and biases). */
-export const isMatrix = (t: Tensor): boolean => t.ndim >= 2;
-
 /** Number of elements in all tensors. */
 export function countParameters(map: ParameterMap | null): number {
   let total = 0;

@@ -141,6 +141,14 @@ function splitByOrder(g: Tensor, first: Tensor, needs: readonly boolean[]): (Ten
   return [needs[0] ? mul(g, mask) : null, needs[1] ? mul(g, rsub(mask, 1)) : null];
 }
 
+/** A number takes the tensor's dtype: one that int32 cannot hold would silently become another. */
+function requireRepresentable(op: string, x: Tensor, scalar: number | null): void {
+  if (scalar === null || x.dtype !== 'int32' || scalar === (scalar | 0)) return;
+  throw new TypeError(
+    `[${op}] expected an int32 number beside ${x.describe()}, found ${scalar}; cast the tensor first`,
+  );
+}
+
 /** Applies the row `name` to `a` and `b`, broadcast; a number takes the dtype of the tensor. */
 export function binary(name: BinaryName, a: Tensor, b: Tensor | number): Tensor {
   const scalar = typeof b === 'number' ? b : null;
@@ -150,6 +158,7 @@ export function binary(name: BinaryName, a: Tensor, b: Tensor | number): Tensor 
     throw new TypeError(
       `[${name}] expected float32, float64, bfloat16 or int32, found ${inputs.join(' and ')}; cast first`,
     );
+  requireRepresentable(name, a, scalar);
   const shape = scalar === null ? broadcastShapes(name, a.shape, (b as Tensor).shape) : a.shape;
   const out = emptyLike(a, shape, dtype);
   if (out.size > 0) {

@@ -1,6 +1,7 @@
 // Reductions: over any axes, in a fixed order, accumulated in float32 at least.
 import { defineTapeOps, record } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
+import { isFloating } from '../tensor/dtype.js';
 import { contiguousStrides, normalizeAxis, sameShape, sizeOf } from '../tensor/shape.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { add, addInPlace, equal, mul, reciprocal } from './elementwise.js';
@@ -55,8 +56,10 @@ export function sum(x: Tensor, options: ReduceOptions = {}): Tensor {
   return finish(x, y, reduced, options);
 }
 
-/** Arithmetic mean over axes. */
+/** Arithmetic mean over axes, of floating dtypes. */
 export function mean(x: Tensor, options: ReduceOptions = {}): Tensor {
+  if (!isFloating(x.dtype))
+    throw new TypeError(`[mean] expected a floating dtype, found ${x.describe()}; cast it first`);
   const { reduced } = plan('mean', x, options);
   return mul(sum(x, options), 1 / sizeOf(reduced.map((i) => x.shape[i])));
 }

@@ -76,7 +76,11 @@ export class Tensor {
       if (!Number.isInteger(n) || n < 0)
         throw new RangeError(`[Tensor.empty] expected non-negative integers as shape, found [${shape}]`);
     const dtype = options.dtype ?? 'float32';
+    if (!Object.hasOwn(dtypes, dtype))
+      throw new TypeError(`[Tensor.empty] expected a dtype out of ${Object.keys(dtypes).join(', ')}, found ${dtype}`);
     const bytes = sizeOf(shape) * dtypes[dtype].size;
+    if (!Number.isSafeInteger(bytes))
+      throw new RangeError(`[Tensor.empty] expected a size that can be addressed, found [${shape}] of ${dtype}`);
     return new Tensor({ storage: Storage.create(options.device ?? 'cpu', bytes), dtype, shape: [...shape] });
   }
 

@@ -19,7 +19,8 @@ export function regularizerBytes(model: CausalLM, tokens: number, targets: numbe
   return elements * dtypes[accumulationDType(model.dtype)].size;
 }
 
-const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+const inWords = (bytes: number): string =>
+  bytes < 2 ** 30 ? `${Math.ceil(bytes / 2 ** 20)} MiB` : `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 
 /** Lines to print before SPO trains on `examples`. */
 export function spoNotices(model: CausalLM, examples: readonly PreferenceExample[], options: SpoOptions): string[] {
@@ -30,7 +31,7 @@ export function spoNotices(model: CausalLM, examples: readonly PreferenceExample
       return Math.max(most, regularizerBytes(model, e.promptIds.length + targets, targets));
     }, 0);
     notices.push(
-      `the regularizer differentiates twice through one sequence at a time: up to ${gib(worst)} for the longest one, beside weights, gradients and optimizer`,
+      `the regularizer differentiates twice through one sequence at a time: up to ${inWords(worst)} for the longest one, beside weights, gradients and optimizer`,
     );
   }
   if (model.dtype === 'bfloat16' && options.lowerSteps > 0 && options.lambda > 0)

@@ -22,9 +22,9 @@ beforeAll(async () => {
 afterAll(() => compiled.dispose());
 
 /** Runs keelgrad in a process, after `before` (JavaScript) in the same one. */
-function keelgrad(argv: readonly string[], before = ''): Promise<Finished> {
+function keelgrad(argv: readonly string[], before = '', shell?: string): Promise<Finished> {
   const main = `process.argv = [process.argv[0], 'keelgrad', ...${JSON.stringify(argv)}]; await import('${compiled.url('cli/main.js')}');`;
-  return compiled.run(`${before}\n${main}`, { prelude: false });
+  return compiled.run(`${before}\n${main}`, { prelude: false, shell });
 }
 
 /** Sends `count` SIGINT to the process itself once its metrics have two lines. */
@@ -63,6 +63,15 @@ it('Ctrl-C: ends after the current step with 130, everything saved', async () =>
   ]);
   expect(scored).toMatchObject({ code: 0 });
   expect(scored.stdout.split('\n')).toHaveLength(7);
+});
+
+it('nobody reads its notes any more: goes on and saves', async () => {
+  const output = folder.path('unwatched');
+  const argv = ['dpo', ...inputs, '--output', output, '--max-steps', '5'];
+  const ended = await keelgrad(argv, '', 'exec 2> >(true); sleep 0.3');
+  expect(ended).toMatchObject({ code: 0, signal: null });
+  expect(ended.stdout).toContain('dpo finished at step 5');
+  expect(readRun(output)).toMatchObject({ status: 'completed', steps: 5 });
 });
 
 it('bad input: one line, 1', async () => {

@@ -42,7 +42,20 @@ describe('making', () => {
     expect(() => Tensor.from(new BigInt64Array(1) as never)).toThrow('found BigInt64Array');
     expect(() => Tensor.empty([2, -1])).toThrow('expected non-negative integers as shape, found [2,-1]');
     expect(() => Tensor.empty([1.5])).toThrow('[1.5]');
+    expect(() => Tensor.empty([1], { dtype: 'float8' as never })).toThrow('expected a dtype out of float32, float64');
+    expect(() => Tensor.empty([2 ** 31, 2 ** 31])).toThrow('expected a size that can be addressed');
   });
+});
+
+test('integers refuse numbers and means that they would cut off', () => {
+  using x = Tensor.from([3, 4], { dtype: 'int32' });
+  expect(() => x.mul(1.5)).toThrow(
+    '[mul] expected an int32 number beside i32[2]@cpu, found 1.5; cast the tensor first',
+  );
+  expect(() => x.add(2 ** 31)).toThrow('found 2147483648');
+  expect(() => x.mean()).toThrow('[mean] expected a floating dtype, found i32[2]@cpu; cast it first');
+  using y = x.mul(-2);
+  expect([...y.dataSync()]).toEqual([-6, -8]);
 });
 
 describe('reading and writing', () => {
@@ -180,7 +193,8 @@ describe('promotion in ops', () => {
       expect(b.mul(f).dtype).toBe('float32');
       expect(f.sub(d).dtype).toBe('float64');
       expect(b.mul(0.1).dtype).toBe('bfloat16');
-      expect(i.add(1.9).dtype).toBe('int32');
+      expect(i.add(2).dtype).toBe('int32');
+      expect(() => i.add(1.9)).toThrow('expected an int32 number');
       expect(b.greater(f).dtype).toBe('bool');
       expect(b.reshape([1, 1]).matmul(f.reshape([1, 1])).dtype).toBe('float32');
     });
