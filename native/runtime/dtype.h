@@ -8,7 +8,11 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __CUDACC__
+#define KG_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
 #define KG_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace kg {
 

@@ -1,0 +1,71 @@
+// What a kernel's host half may know of the device it enqueues on: the stream, the device's limits, the fault slot, and
+// how to launch. A host half checks the call, asks for scratch(), launches, and returns; it never waits and never reads
+// device memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/gpu.h"
+#include "ops/backend.h"
+#include "runtime/error.h"
+
+namespace kg::cuda {
+
+// The first fault in the data that a kernel met (an id out of range); read with the next copy to the host, which
+// reports it. kind 0: none.
+enum class FaultKind : int32_t { None = 0, IdOutOfRange, RowOutOfRange, BadSegments };
+struct FaultSlot {
+  int32_t kind;
+  int32_t kernel;     // KernelId
+  int64_t values[3];  // IdOutOfRange: id, position, size of the table; RowOutOfRange: row, position, rows;
+                      // BadSegments: segment, 0, 0
+};
+// Handed to a kernel by value.
+struct FaultSink {
+  FaultSlot* slot;
+  int32_t kernel;
+};
+KG_DEVICE void reportFault(const FaultSink& sink, FaultKind kind, int64_t a, int64_t b, int64_t c) {
+  if (atomicCas(&sink.slot->kind, 0, static_cast<int32_t>(kind)) != 0) return;
+  sink.slot->kernel = sink.kernel;
+  sink.slot->values[0] = a;
+  sink.slot->values[1] = b;
+  sink.slot->values[2] = c;
+}
+
+struct Context {
+  cudaStream_t stream;
+  int device;
+  int capability;            // 80, 90, ...
+  int processors;            // streaming multiprocessors
+  int sharedMemoryPerBlock;  // bytes, opt-in limit
+  FaultSink faults;          // of the kernel that is being enqueued
+};
+const Context& context(const Call& call);
+
+// Throws "CUDA: <error> in <what>".
+void check(cudaError_t status, const char* what);
+// Raises a kernel's dynamic shared memory limit, once a kernel and device.
+void allowShared(const Context& context, const void* kernel, size_t bytes);
+
+struct LaunchShape {
+  dim3 grid;
+  int threads;        // blocks are one-dimensional, a multiple of 32
+  size_t shared = 0;  // dynamic shared memory, bytes
+};
+
+// launch(call, {grid, threads, shared}, kernel<...>, arguments...): enqueues; an empty grid is nothing to do.
+template <class... P, class... A>
+void launch(const Call& call, LaunchShape shape, void (*kernel)(P...), A... arguments) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
+  const Context& on = context(call);
+#ifdef KG_SIMT
+  simt::launch(shape.grid, dim3(shape.threads), shape.shared, on.stream, kernel, static_cast<P>(arguments)...);
+#else
+  if (shape.shared > 48 * 1024) allowShared(on, reinterpret_cast<const void*>(kernel), shape.shared);
+  kernel<<<shape.grid, shape.threads, shape.shared, on.stream> > >(static_cast<P>(arguments)...);
+#endif
+  check(cudaGetLastError(), "launch");
+}
+
+}  // namespace kg::cuda
