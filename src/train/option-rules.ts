@@ -2,7 +2,9 @@
 // Must never change a value: a rule accepts or refuses, with the reason and the way out.
 
 import { didYouMean, KeelgradError, show } from '../errors.js';
-import { type Chosen, linearNames, type Method, type OptionKey, type Value } from './option-table.js';
+import type { Chosen, Method, Value } from './option-spec.js';
+import type { OptionKey } from './option-table.js';
+import { linearNames } from './option-training.js';
 
 /** How messages spell options: as flags for the command line, as camelCase keys for library calls. */
 export interface Naming {

@@ -3,22 +3,13 @@
 
 import { didYouMean, KeelgradError, show, suggest } from '../errors.js';
 import { checkRules, isLive, type Naming } from './option-rules.js';
-import {
-  type Chosen,
-  type Default,
-  type DefaultRule,
-  type Method,
-  type NoDefault,
-  type OptionKey,
-  type OptionSpec,
-  type OptionTable,
-  optionTable,
-  type TrainMethod,
-  type Value,
-} from './option-table.js';
+import type { Chosen, Default, DefaultRule, Method, NoDefault, OptionSpec, TrainMethod, Value } from './option-spec.js';
+import { type OptionKey, type OptionTable, optionTable } from './option-table.js';
 
 export { exclusiveOptions, type Naming } from './option-rules.js';
-export { linearNames, type Method, methods, type OptionKey, optionTable, type TrainMethod } from './option-table.js';
+export { type Method, methods, type TrainMethod } from './option-spec.js';
+export { type OptionKey, optionTable } from './option-table.js';
+export { linearNames } from './option-training.js';
 
 type Plain<Spec> = Spec extends { choices: readonly (infer C)[] }
   ? C

@@ -7,7 +7,7 @@ import { dirname, join, resolve, sep } from 'node:path';
 import { KeelgradError } from '../errors.js';
 import { writeJsonAtomic } from '../io/atomic.js';
 import { packageRoot } from '../package-root.js';
-import type { Method, Value } from './option-table.js';
+import type { Method, Value } from './option-spec.js';
 
 /** Everything a run leaves in its folder. */
 const runEntries = ['run.json', 'metrics.jsonl', 'adapter', 'model'];
