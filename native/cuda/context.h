@@ -5,33 +5,54 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/gpu.h"
+#include <tuple>
+
 #include "ops/backend.h"
 #include "runtime/error.h"
+
+// Files that hold host code alone (.cc) see the host's half of this header.
+#if defined(__CUDACC__) || defined(KG_SIMT)
+#define KG_DEVICE_CODE 1
+#include "cuda/gpu.h"
+#endif
 
 namespace kg::cuda {
 
 // The first fault in the data that a kernel met (an id out of range); read with the next copy to the host, which
 // reports it. kind 0: none.
-enum class FaultKind : int32_t { None = 0, IdOutOfRange, RowOutOfRange, BadSegments };
+enum class FaultKind : int32_t {
+  None = 0,
+  IdOutOfRange,      // id, position, size of the table: ids, positions, targetId
+  RowOutOfRange,     // row, position, rows: targetRow, rowMap
+  BadSegments,       // segment, 0, 0
+  ProbeOutOfRange,   // id, position, size of the vocabulary
+  ZeroDivisor,       // 0, 0, 0: int32 division
+  NegativeExponent,  // exponent, 0, 0: int32 power
+  RowMapOutOfRange,  // row, position, rows: where RowOutOfRange already means targetRow
+};
 struct FaultSlot {
   int32_t kind;
   int32_t kernel;     // KernelId
-  int64_t values[3];  // IdOutOfRange: id, position, size of the table; RowOutOfRange: row, position, rows;
-                      // BadSegments: segment, 0, 0
+  int64_t values[3];  // as FaultKind says
+  uint32_t ticket;    // of the launch
+  uint32_t unused;
 };
 // Handed to a kernel by value.
 struct FaultSink {
   FaultSlot* slot;
   int32_t kernel;
+  uint32_t ticket;
 };
+#ifdef KG_DEVICE_CODE
 KG_DEVICE void reportFault(const FaultSink& sink, FaultKind kind, int64_t a, int64_t b, int64_t c) {
   if (atomicCas(&sink.slot->kind, 0, static_cast<int32_t>(kind)) != 0) return;
   sink.slot->kernel = sink.kernel;
   sink.slot->values[0] = a;
   sink.slot->values[1] = b;
   sink.slot->values[2] = c;
+  sink.slot->ticket = sink.ticket;
 }
+#endif
 
 struct Context {
   cudaStream_t stream;
@@ -48,6 +69,7 @@ void check(cudaError_t status, const char* what);
 // Raises a kernel's dynamic shared memory limit, once a kernel and device.
 void allowShared(const Context& context, const void* kernel, size_t bytes);
 
+#ifdef KG_DEVICE_CODE
 struct LaunchShape {
   dim3 grid;
   int threads;        // blocks are one-dimensional, a multiple of 32
@@ -62,10 +84,17 @@ void launch(const Call& call, LaunchShape shape, void (*kernel)(P...), A... argu
 #ifdef KG_SIMT
   simt::launch(shape.grid, dim3(shape.threads), shape.shared, on.stream, kernel, static_cast<P>(arguments)...);
 #else
-  if (shape.shared > 48 * 1024) allowShared(on, reinterpret_cast<const void*>(kernel), shape.shared);
-  kernel<<<shape.grid, shape.threads, shape.shared, on.stream> > >(static_cast<P>(arguments)...);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shape.shared > 48 * 1024) allowShared(on, function, shape.shared);
+  std::tuple<P...> values(static_cast<P>(arguments)...);
+  std::apply(
+      [&](P&... value) {
+        void* pointers[] = {static_cast<void*>(&value)..., nullptr};
+        check(cudaLaunchKernel(function, shape.grid, dim3(shape.threads), pointers, shape.shared, on.stream), "launch");
+      },
+      values);
 #endif
-  check(cudaGetLastError(), "launch");
 }
+#endif
 
 }  // namespace kg::cuda
