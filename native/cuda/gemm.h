@@ -1,5 +1,8 @@
-// Matrix products on the device, through cuBLASLt (cuBLAS is found at run time, see cublas.h).
+// Matrix products on the device, through cuBLASLt (found at run time, see cublas.h). What cuBLAS cannot take goes
+// through a kernel of our own (gemm_general.h): neither is ever an error, and neither reads anything on the host.
 #pragma once
+
+#include <cuda_runtime_api.h>
 
 #include "ops/backend.h"
 
@@ -8,6 +11,11 @@ namespace kg::cuda {
 // C[i,j] = alpha * sum_k A(i,k) B(k,j) (+ bias[j]) (+ C[i,j] if accumulate), `batch` times.
 // A(i,k) = a[i*aRow + k*aCol], B(k,j) = b[k*bRow + j*bCol], C(i,j) = c[i*cRow + j]; strides in elements.
 // in: float32, float64, bfloat16; out: the same, or float32 for bfloat16 inputs. Full float32 products (no TF32).
+//
+// Two calls of equal shape, strides and alignment (of 16 bytes) give equal bits, in any process on the same kind of
+// device with the same cuBLAS. A row's bits may depend on M: cuBLAS chooses its algorithm by the whole shape. It is
+// chosen here for M rounded up to five significant bits, or for `planRows` where that is given: rows of products that
+// differ in M alone are then computed by one algorithm.
 struct Gemm {
   DType in, out;
   int64_t M, N, K;
@@ -19,10 +27,17 @@ struct Gemm {
   int64_t cRow;
   double alpha = 1;
   bool accumulate = false;
-  const void* bias = nullptr;
+  const void* bias = nullptr;  // [N], of the inputs' dtype
   int64_t batch = 1, aBatch = 0, bBatch = 0, cBatch = 0;
+  int64_t planRows = 0;
 };
 // Enqueues on the call's stream. Uses a workspace of its own, not the call's scratch().
 void gemm(const Call& call, const Gemm& product);
+
+// Device bytes that products hold for a stream, once it has multiplied anything.
+constexpr size_t kGemmWorkspaceBytes = size_t(32) << 20;
+// Gives back a stream's workspace and everything that products remember of it. After the stream is drained, on its
+// device, before it is destroyed.
+void releaseGemm(cudaStream_t stream);
 
 }  // namespace kg::cuda
