@@ -4,11 +4,11 @@
 import { mkdirSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { Choices } from '../dist/data/random.js';
 import { prepareSftData } from '../dist/data/tokenize.js';
 import { agrees, drawAnswer, drawProblem, rightAnswers } from '../dist/demo/language.js';
-import { Choices } from '../dist/demo/random.js';
-import { sampleAnswers } from '../dist/demo/sampling.js';
 import { tokenizerFiles } from '../dist/demo/tokenizer.js';
+import { sampleAnswers } from '../dist/generate/sampling.js';
 import { loadModel, saveModel } from '../dist/io/model-folder.js';
 import { loadTokenizer } from '../dist/io/tokenizer.js';
 import { parseModelConfig } from '../dist/models/config.js';

@@ -1,12 +1,12 @@
 // The fixed held-out pairs that both runs are measured on: log-probabilities, and whether greedy answers are right.
 import { type PreferenceExample, preparePreferenceData } from '../data/tokenize.js';
 import { KeelgradError } from '../errors.js';
+import { sampleAnswers } from '../generate/sampling.js';
 import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
 import type { CausalLM } from '../models/causal-lm.js';
 import { scorePairs } from '../train/batch-source.js';
 import type { TrainHooks } from '../train/hooks.js';
 import { agrees } from './language.js';
-import { sampleAnswers } from './sampling.js';
 import { assets } from './settings.js';
 
 /** Log-probabilities of the held-out answers after some number of updates, by pair, summed over each answer's tokens. */

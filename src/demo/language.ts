@@ -1,6 +1,6 @@
 // The demo's language: word problems of one or two steps with worked answers in a few styles.
 // Knows texts only: no tokens, no model.
-import type { Choices } from './random.js';
+import type { Choices } from '../data/random.js';
 
 type Operator = '+' | '-' | '*';
 

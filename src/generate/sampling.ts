@@ -1,12 +1,13 @@
-// Answers of a small model to many prompts at once: the whole text is run again for every token, which needs no cache.
-// For the demo's sizes; nothing here is meant for long texts.
+// Answers to many prompts at once: the texts so far are run again for every token, which needs no cache; prompts that are
+// the same array are run once. For short answers; nothing here is meant for long texts.
+
+import { Choices } from '../data/random.js';
 import type { CausalLM } from '../models/causal-lm.js';
-import { gatherRows } from '../ops/movement.js';
+import { cast, gatherRows } from '../ops/movement.js';
 import { linear } from '../ops/product.js';
 import { SegmentLayout } from '../ops/segments.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import { Tensor } from '../tensor/tensor.js';
-import { Choices } from './random.js';
 
 export interface SamplingOptions {
   /** 0 takes the likeliest token every time. */
@@ -21,14 +22,40 @@ export interface SamplingOptions {
   onProgress?: (done: number, total: number) => void;
 }
 
-/** Logits `[S, V]` of the token after each sequence. */
-async function nextLogits(model: CausalLM, sequences: readonly (readonly number[])[]): Promise<ArrayLike<number>> {
-  const layout = SegmentLayout.sequences(sequences.map((s) => s.length));
-  const lastRows = layout.segments.map((s) => s.start + s.length - 1);
+/** A text so far: a prompt and what has been answered. */
+interface Text {
+  readonly prompt: ArrayLike<number>;
+  readonly answer: readonly number[];
+}
+
+/** Texts on one token axis, each prompt once; `lastRows` is where the token after each text is predicted. */
+function packTexts(texts: readonly Text[]): { ids: number[]; layout: SegmentLayout; lastRows: number[] } {
+  const parts: { length: number; parent?: number }[] = [];
+  const ids: number[] = [];
+  const prompts = new Map<ArrayLike<number>, { segment: number; lastRow: number }>();
+  const lastRows = texts.map(({ prompt, answer }) => {
+    let shared = prompts.get(prompt);
+    if (!shared) {
+      ids.push(...Array.from(prompt));
+      shared = { segment: parts.push({ length: prompt.length }) - 1, lastRow: ids.length - 1 };
+      prompts.set(prompt, shared);
+    }
+    if (answer.length === 0) return shared.lastRow;
+    ids.push(...answer);
+    parts.push({ length: answer.length, parent: shared.segment });
+    return ids.length - 1;
+  });
+  return { ids, layout: new SegmentLayout(parts), lastRows };
+}
+
+/** Logits `[S, V]` of the token after each text. */
+async function nextLogits(model: CausalLM, texts: readonly Text[]): Promise<ArrayLike<number>> {
+  const { ids, layout, lastRows } = packTexts(texts);
+  const ints = (values: readonly number[]): Tensor => Tensor.from(Int32Array.from(values), { device: model.device });
   const logits = detachFromScope(
     scope(() => {
-      const hidden = model.hidden(model.parameters, Tensor.from(Int32Array.from(sequences.flat())), layout);
-      return linear(gatherRows(hidden, Tensor.from(Int32Array.from(lastRows))), model.headWeight(model.parameters));
+      const hidden = model.hidden(model.parameters, ints(ids), layout);
+      return cast(linear(gatherRows(hidden, ints(lastRows)), model.headWeight(model.parameters)), 'float32');
     }),
   );
   try {
@@ -55,7 +82,7 @@ function choose(logits: ArrayLike<number>, from: number, to: number, temperature
   return best - from;
 }
 
-/** One answer (token ids, the end included) for every prompt. */
+/** One answer (token ids, the end included) for every prompt; prompts hold at least one token. */
 export async function sampleAnswers(
   model: CausalLM,
   prompts: readonly ArrayLike<number>[],
@@ -68,8 +95,8 @@ export async function sampleAnswers(
     let open = prompts.slice(start, start + batchSize).map((_, i) => start + i);
     const choices = new Map(open.map((i) => [i, new Choices(seed, i)]));
     for (let token = 0; token < maxTokens && open.length > 0 && !options.signal?.aborted; token++) {
-      const sequences = open.map((i) => [...Array.from(prompts[i]), ...answers[i]]);
-      const logits = await nextLogits(model, sequences);
+      const texts = open.map((i) => ({ prompt: prompts[i], answer: answers[i] }));
+      const logits = await nextLogits(model, texts);
       open.forEach((i, k) => {
         answers[i].push(choose(logits, k * vocabSize, (k + 1) * vocabSize, temperature, choices.get(i)!));
       });
