@@ -33,10 +33,12 @@ export type { DType, HostArray } from './tensor/dtype.js';
 export { scope } from './tensor/scope.js';
 export {
   type Device,
+  defaultDevice,
   type MemoryReport,
   type MemoryTag,
   memory,
   resetPeakMemory,
+  setDefaultDevice,
   synchronize,
   trimMemory,
 } from './tensor/storage.js';

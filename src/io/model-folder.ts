@@ -9,7 +9,7 @@ import { LM_HEAD, linearModules, type ParameterMap, parameterShapes } from '../m
 import type { LoraSpec } from '../nn/lora.js';
 import { type DType, policyOf } from '../tensor/dtype.js';
 import { sameShape } from '../tensor/shape.js';
-import type { Device } from '../tensor/storage.js';
+import { type Device, defaultDevice } from '../tensor/storage.js';
 import { writeFileAtomic } from './atomic.js';
 import { type AdapterConfig, adapterKey, openAdapter, resolveTargetModules, writeAdapter } from './peft.js';
 import { type Checkpoint, openCheckpoint, type TensorLocation } from './safetensors.js';
@@ -72,7 +72,7 @@ function checkNames(
  * @throws KeelgradError naming file and tensor where something is missing, unknown, or of the wrong shape
  */
 export async function loadModel(folder: string, options: LoadOptions = {}): Promise<CausalLM> {
-  const { dtype = 'float32', device = 'cpu' } = options;
+  const { dtype = 'float32', device = defaultDevice() } = options;
   if (options.lora && options.adapter)
     throw new KeelgradError('expected lora or adapter, found both; an adapter brings its own settings');
   const config = await readModelConfig(join(folder, 'config.json'));

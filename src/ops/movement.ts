@@ -4,7 +4,7 @@ import { launch } from '../native/launch.js';
 import { type DType, isFloating } from '../tensor/dtype.js';
 import { owned } from '../tensor/scope.js';
 import { broadcastStrides, contiguousStrides, normalizeAxis, sameShape, sizeOf } from '../tensor/shape.js';
-import type { Device } from '../tensor/storage.js';
+import { canonicalDevice, type Device } from '../tensor/storage.js';
 import { defineMaterialize, Tensor } from '../tensor/tensor.js';
 import { mul } from './elementwise.js';
 import { sumTo } from './reduce.js';
@@ -72,7 +72,7 @@ export function cast(x: Tensor, dtype: DType): Tensor {
 /** The values in another dtype or on another device; not differentiable between devices, and blocks then. */
 export function to(x: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
   const typed = target.dtype ? cast(x, target.dtype) : x.alias();
-  if (!target.device || target.device === x.device) return typed;
+  if (!target.device || canonicalDevice(target.device) === x.device) return typed;
   requireUntracked('to', typed);
   return Tensor.from(typed.dataSync(), { shape: x.shape, dtype: typed.dtype, device: target.device });
 }

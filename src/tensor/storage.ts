@@ -10,10 +10,25 @@ export type Device = 'cpu' | 'cuda' | `cuda:${number}`;
 export const memoryTags = ['activations', 'weights', 'gradients', 'optimizer', 'cache'] as const;
 export type MemoryTag = (typeof memoryTags)[number];
 
+/** One name a device, so that whoever compares devices or looks them up finds one: `cuda` is `cuda:0`. */
+export const canonicalDevice = (device: Device): Device => (device === 'cuda' ? 'cuda:0' : device);
+
+let standard: Device = 'cpu';
+
+/** Where tensors and models are made that name no device. */
+export const defaultDevice = (): Device => standard;
+
+/** Sets the default device; throws where it is not available. */
+export function setDefaultDevice(device: Device): void {
+  streamOf(device);
+  standard = canonicalDevice(device);
+}
+
 const streams = new Map<Device, number>();
 
 /** The stream of a device, opened on first use. Throws where the device is not available. */
-export function streamOf(device: Device): number {
+export function streamOf(named: Device): number {
+  const device = canonicalDevice(named);
   let stream = streams.get(device);
   if (stream === undefined) {
     stream = addon().openDevice(device);
@@ -82,7 +97,8 @@ export class Storage {
   /** Uninitialized memory. Throws `out of memory` with what is held by whom. */
   static create(device: Device, bytes: number): Storage {
     const stream = streamOf(device);
-    return new Storage(device, stream, addon().createStorage(stream, bytes, memoryTags.indexOf(currentTag)), bytes);
+    const handle = addon().createStorage(stream, bytes, memoryTags.indexOf(currentTag));
+    return new Storage(canonicalDevice(device), stream, handle, bytes);
   }
 
   /** A file, mapped read-only. `bytes` is its size. */
@@ -125,22 +141,22 @@ export interface MemoryReport {
 }
 
 /** Exact counters of what is allocated now. They count what JavaScript holds, whether or not the work has run. */
-export function memory(device: Device = 'cpu'): MemoryReport {
+export function memory(device: Device = standard): MemoryReport {
   const [storages, allocated, peak, reserved, ...tags] = addon().memory(streamOf(device));
   const byTag = Object.fromEntries(memoryTags.map((tag, i) => [tag, tags[i]])) as Record<MemoryTag, number>;
   return { storages, allocated, peak, reserved, byTag };
 }
 
-export function resetPeakMemory(device: Device = 'cpu'): void {
+export function resetPeakMemory(device: Device = standard): void {
   addon().resetPeak(streamOf(device));
 }
 
 /** Gives cached memory back to the system; returns the number of bytes. Waits for pending work. */
-export function trimMemory(device: Device = 'cpu'): number {
+export function trimMemory(device: Device = standard): number {
   return addon().trim(streamOf(device));
 }
 
 /** Waits for all work that was enqueued on a device; throws its first unreported error. Blocks. */
-export function synchronize(device: Device = 'cpu'): void {
+export function synchronize(device: Device = standard): void {
   addon().synchronize(streamOf(device));
 }

@@ -3,7 +3,7 @@ import { addon } from '../native/addon.js';
 import { type DType, dtypes, type HostArray, hostArray } from './dtype.js';
 import { adopt, defineTensorTest } from './scope.js';
 import { contiguousStrides, isContiguous, sizeOf } from './shape.js';
-import { type Device, Storage } from './storage.js';
+import { type Device, defaultDevice, Storage } from './storage.js';
 
 /** A place on the tape (autograd/tape.ts). The tensor only carries it. */
 export interface TapeNode {
@@ -81,7 +81,7 @@ export class Tensor {
     const bytes = sizeOf(shape) * dtypes[dtype].size;
     if (!Number.isSafeInteger(bytes))
       throw new RangeError(`[Tensor.empty] expected a size that can be addressed, found [${shape}] of ${dtype}`);
-    return new Tensor({ storage: Storage.create(options.device ?? 'cpu', bytes), dtype, shape: [...shape] });
+    return new Tensor({ storage: Storage.create(options.device ?? defaultDevice(), bytes), dtype, shape: [...shape] });
   }
 
   get device(): Device {
