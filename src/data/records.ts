@@ -41,6 +41,7 @@ interface ChatPair extends ChatContext {
 export type PreferenceRecord = Located & {
   readonly refChosenLogp?: number;
   readonly refRejectedLogp?: number;
+  readonly offset?: number;
 } & (IdPair | TextPair | ChatPair);
 
 interface MaskedIds {
@@ -233,7 +234,7 @@ export function readPreferenceRecord(record: RawRecord): PreferenceRecord {
     throw reader.fail('expected both of ref_chosen_logps and ref_rejected_logps, or neither');
   }
   const content = byIds ? readIdPair(reader) : readContentPair(reader);
-  return { ...located(record), refChosenLogp, refRejectedLogp, ...content };
+  return { ...located(record), refChosenLogp, refRejectedLogp, offset: reader.number('offset'), ...content };
 }
 
 const SFT_FORMS =

@@ -27,6 +27,8 @@ export interface PreferenceExample {
   /** Reference log-probabilities that the record brought along: sums over the response. */
   readonly refChosenLogp?: number;
   readonly refRejectedLogp?: number;
+  /** By how much the chosen response is to be preferred, where the record says: ODPO's. */
+  readonly offset?: number;
 }
 
 /** One SFT sequence. `completionMask[t]` is 1 where token t is scored; `completionMask[0]` is always 0. */
@@ -224,8 +226,11 @@ async function preparePair(report: Report, record: PreferenceRecord): Promise<Pr
   }
   if (responses.some((ids) => ids.length > room)) report.truncated++;
   const [chosenIds, rejectedIds] = responses.map((ids) => Int32Array.from(ids.slice(0, room)));
-  const { refChosenLogp, refRejectedLogp } = record;
-  const given = refChosenLogp === undefined ? {} : { refChosenLogp, refRejectedLogp };
+  const { refChosenLogp, refRejectedLogp, offset } = record;
+  const given = {
+    ...(refChosenLogp !== undefined && { refChosenLogp, refRejectedLogp }),
+    ...(offset !== undefined && { offset }),
+  };
   return { index, line, promptIds: Int32Array.from(prompt), chosenIds, rejectedIds, ...given };
 }
 

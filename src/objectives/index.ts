@@ -7,11 +7,7 @@ export {
   dpoLoss,
   type FDivergence,
   implicitReward,
-  type KtoLossName,
-  type KtoOptions,
   ktoKl,
-  ktoLoss,
-  ktoLosses,
   type LabelledLogProbs,
   lengthDesensitizedWeights,
   margin,
@@ -24,6 +20,7 @@ export {
   preferenceLoss,
   preferenceLosses,
   type Reward,
+  responseLoss,
   wpoWeights,
 } from './preference.js';
 export {

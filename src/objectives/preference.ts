@@ -2,7 +2,7 @@
 // Owns the checks of library calls; the formulas are in preference/losses.ts.
 import { didYouMean, KeelgradError } from '../errors.js';
 import { add, div, mul, neg } from '../ops/elementwise.js';
-import { mean, sum } from '../ops/reduce.js';
+import { mean } from '../ops/reduce.js';
 import type { Tensor } from '../tensor/tensor.js';
 import {
   defaultDivergenceCoefficient,
@@ -16,21 +16,15 @@ import {
   type PreferenceLossName,
   usersOf,
 } from './preference/facts.js';
-import type { PairLogProbs, PreferenceParameters } from './preference/inputs.js';
+import { type PairLogProbs, type PreferenceParameters, tokenMeanNll } from './preference/inputs.js';
+import type { LabelledLogProbs } from './preference/kto.js';
 import { preferenceLosses } from './preference/losses.js';
 import { type Reward, rewardOf } from './preference/rewards.js';
-import { lossConflict } from './preference/rules.js';
+import { type LossContext, lossConflict, unpairedConflict } from './preference/rules.js';
 
 export type { FDivergence, NllReduction, PreferenceLossName } from './preference/facts.js';
 export { margin, type PairLogProbs, type PreferenceParameters } from './preference/inputs.js';
-export {
-  type KtoLossName,
-  type KtoOptions,
-  ktoKl,
-  ktoLoss,
-  ktoLosses,
-  type LabelledLogProbs,
-} from './preference/kto.js';
+export { ktoKl, type LabelledLogProbs } from './preference/kto.js';
 export { nextBetaDpoMean, preferenceLosses } from './preference/losses.js';
 export type { Reward } from './preference/rewards.js';
 export { lengthDesensitizedWeights, wpoWeights } from './preference/tokens.js';
@@ -58,9 +52,9 @@ export interface PreferenceLossOptions extends Partial<Record<LossParameter, num
 
 /** -log π(y_w|x) of a batch, one number. DPO with sequence-mean: Pang et al. 2024, arXiv 2404.19733; token-mean: TRL. */
 const nllTerms: Readonly<Record<NllReduction, (p: PairLogProbs) => Tensor>> = {
-  'token-mean': (p) => neg(div(sum(p.chosen), sum(p.chosenLengths))),
-  'sequence-mean': (p) => neg(mean(div(p.chosen, p.chosenLengths))),
-  'sequence-sum': (p) => neg(mean(p.chosen)),
+  'token-mean': tokenMeanNll,
+  'sequence-mean': (p) => neg(mean(div(p.chosenUnweighted ?? p.chosen, p.chosenLengths))),
+  'sequence-sum': (p) => neg(mean(p.chosenUnweighted ?? p.chosen)),
 };
 
 const namesOf = (o: PreferenceLossOptions): readonly PreferenceLossName[] => [o.lossType ?? 'sigmoid'].flat();
@@ -131,7 +125,7 @@ function requireSettings(o: PreferenceLossOptions, q: PreferenceParameters, nllW
     throw new KeelgradError(`f-divergence coefficient: expected a number, found ${coefficient}`);
   if (coefficient !== defaultDivergenceCoefficient && q.fDivergenceType !== 'alpha_divergence')
     throw new KeelgradError(`f-divergence coefficient ${coefficient} has no meaning for ${q.fDivergenceType}`);
-  if (q.slicLengthNormalize && !namesOf(o).includes('slic'))
+  if (q.slicLengthNormalize && usersOf('slicLengthNormalize', namesOf(o)).length === 0)
     throw new KeelgradError(`slic length normalize has no meaning for ${namesOf(o).join(', ')}; slic defines it`);
 }
 
@@ -140,17 +134,32 @@ function requireOneOf(what: string, found: string, known: readonly string[]): vo
   throw new KeelgradError(`${what}: expected one of ${known.join(', ')}, found ${found}${didYouMean(found, known)}`);
 }
 
-function requireSane(pairs: PairLogProbs, o: PreferenceLossOptions, q: PreferenceParameters, nllWeight: number): void {
-  const names = namesOf(o);
+/** Checks what holds for pairs and for labelled responses alike. */
+function requireOptions(o: PreferenceLossOptions, q: PreferenceParameters, nllWeight: number): void {
   if (!(o.beta > 0)) throw new KeelgradError(`beta: expected a number above 0, found ${o.beta}`);
-  for (const name of lossParameterNames) requireParameter(name, q[name], names);
+  for (const name of lossParameterNames) requireParameter(name, q[name], namesOf(o));
   requireSettings(o, q, nllWeight);
-  const { labelSmoothing, fDivergenceType } = q;
-  const hasReference = pairs.refChosen !== null && pairs.refRejected !== null;
-  const weighted = pairs.weights !== undefined;
-  const context = { names, labelSmoothing, fDivergenceType, nllWeight, hasReference, weighted };
-  const conflict = lossConflict(context, libraryNaming);
-  if (conflict) throw new KeelgradError(`[preferenceLoss] ${conflict}`);
+}
+
+const contextOf = (o: PreferenceLossOptions, q: PreferenceParameters, nllWeight: number): LossContext => ({
+  names: namesOf(o),
+  labelSmoothing: q.labelSmoothing,
+  fDivergenceType: q.fDivergenceType,
+  nllWeight,
+  hasReference: true,
+  referenceRemedy: 'pass refChosen and refRejected',
+});
+
+function refuse(where: string, conflict: string | undefined): void {
+  if (conflict) throw new KeelgradError(`[${where}] ${conflict}`);
+}
+
+/** The losses of a call with their weights, names checked. */
+function weightedNames(options: PreferenceLossOptions): { name: PreferenceLossName; weight: number }[] {
+  const names = namesOf(options);
+  const weights = options.lossWeights ?? names.map(() => 1);
+  requireNames(names, weights);
+  return names.map((name, k) => ({ name, weight: weights[k] }));
 }
 
 /**
@@ -160,18 +169,39 @@ function requireSane(pairs: PairLogProbs, o: PreferenceLossOptions, q: Preferenc
  * @throws KeelgradError where parameters are out of range or would do nothing, or a loss lacks an input
  */
 export function preferenceLoss(pairs: PairLogProbs, options: PreferenceLossOptions): Tensor {
-  const names = namesOf(options);
-  const weights = options.lossWeights ?? names.map(() => 1);
-  requireNames(names, weights);
+  const losses = weightedNames(options);
   const parameters = completeParameters(options);
-  const nllWeight = options.nllWeight ?? defaultNllWeight(names);
-  requireSane(pairs, options, parameters, nllWeight);
+  const nllWeight = options.nllWeight ?? defaultNllWeight(namesOf(options));
+  requireOptions(options, parameters, nllWeight);
+  const context = {
+    ...contextOf(options, parameters, nllWeight),
+    hasReference: pairs.refChosen !== null && pairs.refRejected !== null,
+    weighted: pairs.weights !== undefined,
+  };
+  refuse('preferenceLoss', lossConflict(context, libraryNaming));
   const weighted = (each: Tensor): Tensor => (pairs.weights ? mul(each, pairs.weights) : each);
-  const terms = names.map((name, k) =>
-    mul(mean(weighted(preferenceLosses[name].value(pairs, parameters))), weights[k]),
+  const terms = losses.map(({ name, weight }) =>
+    mul(mean(weighted(preferenceLosses[name].value(pairs, parameters))), weight),
   );
   if (nllWeight > 0) terms.push(mul(nllTerms[options.nllReduction ?? 'token-mean'](pairs), nllWeight));
   return terms.reduce((total, term) => add(total, term));
+}
+
+/**
+ * The loss of labelled responses without pairs: the weighted sum over loss types of the mean over all responses, both kinds
+ * together. A scalar.
+ *
+ * @throws KeelgradError where parameters are out of range or would do nothing, or a loss needs pairs
+ */
+export function responseLoss(responses: LabelledLogProbs, options: PreferenceLossOptions): Tensor {
+  const losses = weightedNames(options);
+  const parameters = completeParameters(options);
+  const nllWeight = options.nllWeight ?? defaultNllWeight(namesOf(options));
+  requireOptions(options, parameters, nllWeight);
+  refuse('responseLoss', unpairedConflict(contextOf(options, parameters, nllWeight), libraryNaming));
+  return losses
+    .map(({ name, weight }) => mul(mean(preferenceLosses[name].response!(responses, parameters)), weight))
+    .reduce((total, term) => add(total, term));
 }
 
 /** The reward of a response that goes with the loss; with several losses, with the first. */

@@ -1,5 +1,6 @@
 // Metrics of micro-batches, computed on the host in float64 from a few small tensors, under TRL's names.
 import type { PackedBatch } from '../data/packing.js';
+import type { Reward } from '../objectives/preference.js';
 import type { HeadStatistics } from '../ops/head.js';
 import type { HostArray } from '../tensor/dtype.js';
 import type { Tensor } from '../tensor/tensor.js';
@@ -81,14 +82,14 @@ export function pairMetrics(
   batch: PackedBatch,
   s: TargetStatistics,
   v: PairValues,
-  beta: number,
+  reward: Reward,
 ): Record<string, number> {
   const pairs = batch.lengths.length / 2;
   const each = Array.from({ length: pairs }, (_, i) => i);
-  const rewards = (policy: ArrayLike<number>, reference: ArrayLike<number> | null): number[] =>
-    each.map((i) => beta * (policy[i] - (reference ? reference[i] : 0)));
-  const chosen = rewards(v.chosen, v.refChosen);
-  const rejected = rewards(v.rejected, v.refRejected);
+  const rewards = (policy: ArrayLike<number>, reference: ArrayLike<number> | null, from: number): number[] =>
+    each.map((i) => reward(policy[i], reference ? reference[i] : null, batch.lengths[from + i]));
+  const chosen = rewards(v.chosen, v.refChosen, 0);
+  const rejected = rewards(v.rejected, v.refRejected, pairs);
   const isChosen = (sequence: number): boolean => sequence < pairs;
   const isRejected = (sequence: number): boolean => sequence >= pairs;
   const row = (n: number): number => batch.targetRows[n];

@@ -4,22 +4,33 @@ import { packPairs, uploadBatch } from '../data/packing.js';
 import type { CausalLM } from '../models/causal-lm.js';
 import type { ModelParameters } from '../models/parameters.js';
 import { sequenceLogProbs } from '../objectives/logprobs.js';
+import { mul } from '../ops/elementwise.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
-import type { Tensor } from '../tensor/tensor.js';
+import { Tensor } from '../tensor/tensor.js';
 
 export interface PairScores {
   chosen: Float64Array;
   rejected: Float64Array;
 }
 
-/** Sums of scored log-probabilities by sequence, `[S]`, owned by the caller; nothing is recorded. */
-export function scoreBatch(model: CausalLM, parameters: ModelParameters, batch: PackedBatch): Tensor {
+/**
+ * Sums of scored log-probabilities by sequence, `[S]`, owned by the caller; nothing is recorded.
+ * @param weights of the scored tokens, `[N]`; null for 1 each
+ */
+export function scoreBatch(
+  model: CausalLM,
+  parameters: ModelParameters,
+  batch: PackedBatch,
+  weights: Float64Array | null = null,
+): Tensor {
   return detachFromScope(
     scope(() => {
-      const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
+      const dtype = accumulationDType(model.dtype);
+      const tensors = uploadBatch(batch, model.device, dtype);
       const { logProbs } = model.logProbs(parameters, tensors.ids, batch.layout, tensors.targets);
-      return sequenceLogProbs(logProbs, tensors.sequences, batch.lengths.length);
+      const weighed = weights ? mul(logProbs, Tensor.from(weights, { dtype, device: model.device })) : logProbs;
+      return sequenceLogProbs(weighed, tensors.sequences, batch.lengths.length);
     }),
   );
 }
@@ -29,14 +40,20 @@ export async function scorePairs(
   model: CausalLM,
   parameters: ModelParameters,
   pairs: readonly PairIds[],
-  options: { batchSize: number; signal?: AbortSignal; onBatch?: (done: number) => void },
+  options: {
+    batchSize: number;
+    /** Weights of the scored tokens of a batch; 1 each by default. */
+    weigh?: (batch: PackedBatch) => Float64Array | null;
+    signal?: AbortSignal;
+    onBatch?: (done: number) => void;
+  },
 ): Promise<PairScores> {
   const scores = { chosen: new Float64Array(pairs.length), rejected: new Float64Array(pairs.length) };
   for (let start = 0; start < pairs.length && !options.signal?.aborted; start += options.batchSize) {
     const part = pairs.slice(start, start + options.batchSize);
     const batch = packPairs(part);
     using _ = batch.layout;
-    using values = scoreBatch(model, parameters, batch);
+    using values = scoreBatch(model, parameters, batch, options.weigh?.(batch));
     const sums = await values.data();
     for (let i = 0; i < part.length; i++) {
       scores.chosen[start + i] = sums[i];

@@ -140,6 +140,7 @@ export async function openSession(
     dispose: () => {
       optimizer.dispose();
       trainable.dispose();
+      task.dispose?.();
     },
   };
 }

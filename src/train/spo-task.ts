@@ -6,7 +6,6 @@ import { chosenSequences, packSequences, sequenceOf, uploadBatch } from '../data
 import type { PreferenceExample } from '../data/tokenize.js';
 import type { ModelParameters } from '../models/parameters.js';
 import { sequenceLogProbs } from '../objectives/logprobs.js';
-import { type PreferenceLossOptions, preferenceLoss } from '../objectives/preference.js';
 import { addRegularizer, type RegularizerProblem, type RegularizerValue } from '../objectives/regularizer.js';
 import { type SftReduction, sftLoss } from '../objectives/sft.js';
 import { spoObjective } from '../objectives/spo.js';
@@ -19,8 +18,9 @@ import { scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { averageMetrics, quiet, total } from './batch-metrics.js';
 import type { Metrics } from './hooks.js';
-import { pairLogProbs, preferenceBatch, readPairMetrics } from './preference-batch.js';
-import type { ReferenceLogProbs } from './reference.js';
+import { pairLogProbs } from './preference-batch.js';
+import { PreferenceObjective, type PreferenceSettings, type PreferenceStep } from './preference-objective.js';
+import type { PreferenceReference } from './reference.js';
 import {
   type GroupName,
   replaceGroups,
@@ -31,14 +31,14 @@ import {
   tensorsOf,
 } from './task.js';
 
-export interface SpoTaskOptions extends PreferenceLossOptions {
+export type SpoTaskOptions = PreferenceSettings & {
   lambda: number;
   gamma: number;
   lowerSteps: number;
   lowerLearningRate: number;
   normOver: 'all' | GroupName;
   sftReduction: SftReduction;
-}
+};
 
 /** Divisors of the step's L_SFT: of all micro-batches together. */
 interface SftTotals {
@@ -51,7 +51,7 @@ const both: readonly GroupName[] = ['backbone', 'adapters'];
 export class SpoTask implements Task {
   readonly trainable: Trainable;
   private readonly examples: readonly PreferenceExample[];
-  private readonly reference: ReferenceLogProbs | null;
+  private readonly objective: PreferenceObjective;
   private readonly options: SpoTaskOptions;
   private readonly masters: () => ReadonlyMap<string, Tensor>;
   private seenTokens = 0;
@@ -60,13 +60,13 @@ export class SpoTask implements Task {
   constructor(
     trainable: Trainable,
     examples: readonly PreferenceExample[],
-    reference: ReferenceLogProbs | null,
+    reference: PreferenceReference | null,
     options: SpoTaskOptions,
     masters: () => ReadonlyMap<string, Tensor>,
   ) {
     this.trainable = trainable;
     this.examples = examples;
-    this.reference = reference;
+    this.objective = new PreferenceObjective(trainable.model, examples, reference, options);
     this.options = options;
     this.masters = masters;
   }
@@ -80,16 +80,22 @@ export class SpoTask implements Task {
     const pairs = microBatches.flat().length;
     const totals = this.sftTotals(microBatches);
     // Without steps θ_K is θ: term (b) vanishes by the same route. With λ = 0 as well there is nothing to compute.
-    const { optimum, parts } = scope(() => ({
-      optimum: lowerSteps > 0 || lambda > 0 ? this.lowerLevel(microBatches, totals) : null,
-      parts: microBatches.map((indices) => scope(() => this.upperLevel(indices, indices.length / pairs, totals))),
-    }));
+    const shares = microBatches.map((indices) => indices.length / pairs);
+    let stepMetrics: PreferenceStep['metrics'] | undefined;
+    const { optimum, parts } = scope(() => {
+      const step = this.objective.begin(microBatches, shares);
+      stepMetrics = step.metrics;
+      return {
+        optimum: lowerSteps > 0 || lambda > 0 ? this.lowerLevel(microBatches, totals) : null,
+        parts: microBatches.map((indices, micro) => scope(() => this.upperLevel(indices, micro, step, totals))),
+      };
+    });
     const dpo = parts.map((p) => p.dpo);
     const sft = parts.map((p) => p.sft);
     const losses = [...dpo, ...sft, ...(optimum ?? [])];
     const seen = this.seenTokens;
     const sums = [total(dpo), total(sft), total(optimum ?? sft)];
-    const reads = quiet(Promise.all([Promise.all(sums), Promise.all(parts.map((p) => p.metrics))]));
+    const reads = quiet(Promise.all([Promise.all(sums), stepMetrics, Promise.all(parts.map((p) => p.metrics))]));
     let regularizer: RegularizerValue | null = null;
     try {
       regularizer = gamma > 0 ? await this.regularizer(microBatches.flat()) : null;
@@ -97,7 +103,7 @@ export class SpoTask implements Task {
       for (const t of losses) t.dispose();
       throw error;
     }
-    const metrics = reads.then(([[dpoValue, sftValue, sftStar], measured]): Metrics => {
+    const metrics = reads.then(([[dpoValue, sftValue, sftStar], ofStep, measured]): Metrics => {
       const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer?.value ?? 0 };
       return {
         loss: spoObjective(values, { lambda, gamma }),
@@ -108,10 +114,15 @@ export class SpoTask implements Task {
         'spo/regularizer': values.regularizer,
         ...(regularizer ? regularizerMetrics(regularizer) : {}),
         ...averageMetrics(measured),
+        ...ofStep,
         num_tokens: seen,
       };
     });
     return { losses, metrics };
+  }
+
+  dispose(): void {
+    this.objective.dispose();
   }
 
   private sftTotals(microBatches: StepInput['microBatches']): SftTotals {
@@ -181,26 +192,28 @@ export class SpoTask implements Task {
   /** Step 3: L_DPO + λ L_SFT of one micro-batch at (θ, φ) from one forward pass, gradients of both groups accumulated. */
   private upperLevel(
     indices: readonly number[],
-    share: number,
+    micro: number,
+    step: PreferenceStep,
     totals: SftTotals,
   ): { dpo: Tensor; sft: Tensor; metrics: Promise<Record<string, number>> } {
-    const { trainable, options } = this;
+    const { trainable, options, objective } = this;
     const { model, groups } = trainable;
-    const batch = preferenceBatch(model, this.examples, indices, this.reference);
+    const batch = objective.batch(indices);
     using _ = batch.packed.layout;
     const { result } = differentiate(
       tensorsOf(model.parameters, groups),
       (tracked) => {
         const out = pairLogProbs(model, replaceGroups(model.parameters, groups, tracked), batch);
-        const dpo = mul(preferenceLoss(out.pairs, options), share);
-        const sft = sftLoss(out.pairs.chosen, { reduction: options.sftReduction, ...totals });
-        return { ...out, dpo, sft, objective: add(dpo, mul(sft, options.lambda)) };
+        const dpo = step.loss(micro, out.pairs);
+        const chosen = out.pairs.chosenUnweighted ?? out.pairs.chosen;
+        const sft = sftLoss(chosen, { reduction: options.sftReduction, ...totals });
+        return { ...out, dpo, sft, value: add(dpo, mul(sft, options.lambda)) };
       },
-      ({ objective }) => [{ tensor: objective, cotangent: onesLike(objective) }],
+      ({ value }) => [{ tensor: value, cotangent: onesLike(value) }],
       { sinks: groups.flatMap((g) => trainable.gradients.get(g)!.sinks()) },
     );
     this.seenTokens += batch.packed.tokens;
-    const metrics = readPairMetrics(batch, result.pairs, result.statistics, options.beta);
+    const metrics = objective.metrics(batch, result);
     return { dpo: result.dpo.detach(), sft: result.sft.detach(), metrics };
   }
 

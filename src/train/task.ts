@@ -80,4 +80,6 @@ export interface Task {
   accumulate(input: StepInput): StepMeasurement | Promise<StepMeasurement>;
   /** Positions in the data file of a step's records, for messages. */
   records(input: StepInput): number[];
+  /** Frees what the task keeps between steps. */
+  dispose?(): void;
 }

@@ -9,10 +9,7 @@ import {
   completeParameters,
   dftLoss,
   implicitReward,
-  type KtoOptions,
   ktoKl,
-  ktoLoss,
-  ktoLosses,
   lengthDesensitizedWeights,
   type NllReduction,
   nextBetaDpoMean,
@@ -21,9 +18,11 @@ import {
   type PreferenceLossOptions,
   preferenceLoss,
   preferenceLosses,
+  responseLoss,
   sftLoss,
   wpoWeights,
 } from '../../src/objectives/index.js';
+import { unpairedLosses } from '../../src/objectives/preference/facts.js';
 import { sortAscending } from '../../src/objectives/preference/sort.js';
 import { add, mul } from '../../src/ops/elementwise.js';
 import type { DType } from '../../src/tensor/dtype.js';
@@ -294,7 +293,8 @@ describeWithShared('recorded losses of the family', FILE, () => {
   const batchOf = (name: string): Batch => golden.batches[name];
 
   it('covers every loss of the table and every recording of pairs', () => {
-    const names = new Set(cases.flatMap(({ options }) => options.lossType ?? 'sigmoid'));
+    const unpaired = golden.trl.filter((e: Entry) => e.trainer === 'KTOTrainer').map((e: Entry) => e.config.loss_type);
+    const names = new Set([...unpaired, ...cases.flatMap(({ options }) => options.lossType ?? 'sigmoid')]);
     expect([...names].sort()).toEqual(Object.keys(preferenceLosses).sort());
     expect(cases.length).toBe(golden.reference.length + 84 - 1);
   });
@@ -392,12 +392,13 @@ describeWithShared('recorded losses of the family', FILE, () => {
 
   it.each((golden.trl as Entry[]).filter(({ trainer }) => trainer === 'KTOTrainer'))('KTO: $id $config', (entry) => {
     const c = entry.config;
-    const options = defined<KtoOptions>({
+    const options = defined<PreferenceLossOptions>({
       beta: c.beta,
       lossType: c.loss_type,
-      desirableWeight: c.desirable_weight,
-      undesirableWeight: c.undesirable_weight,
+      ktoDesirableWeight: c.desirable_weight,
+      ktoUndesirableWeight: c.undesirable_weight,
     });
+    const definition = preferenceLosses[c.loss_type as PreferenceLossName];
     for (const result of entry.results)
       scope(() => {
         const examples: readonly Labelled[] = golden.kto_batches[result.batch];
@@ -414,7 +415,7 @@ describeWithShared('recorded losses of the family', FILE, () => {
             ),
             kl,
           };
-          const [value, [gradient]] = valueAndGrad((policy: Tensor) => ktoLoss({ ...inputs, policy }, options))(
+          const [value, [gradient]] = valueAndGrad((policy: Tensor) => responseLoss({ ...inputs, policy }, options))(
             inputs.policy,
           );
           expect(relative(value.item(), result.loss)).toBeLessThan(dtype === 'float64' ? 1e-12 : 1e-6);
@@ -429,7 +430,8 @@ describeWithShared('recorded losses of the family', FILE, () => {
             ),
           ).toBeLessThan(1e-12);
           expect(worst(gradient.dataSync(), result.grad_policy_logps as unknown as number[])).toBeLessThan(1e-12);
-          expect(worst(ktoLosses(inputs, options).dataSync(), result.per_example_loss!)).toBeLessThan(1e-12);
+          const each = definition.response!(inputs, completeParameters(options));
+          expect(worst(each.dataSync(), result.per_example_loss!)).toBeLessThan(1e-12);
         }
       });
   });
@@ -474,6 +476,8 @@ const smooth: Readonly<Record<PreferenceLossName, Partial<PreferenceLossOptions>
   orpo: { orpoLambda: 0.7 },
   slic: { slicDelta: 2, slicLambda: 0.3 },
   sft: {},
+  kto: { ktoUndesirableWeight: 1.5 },
+  apo_zero_unpaired: { ktoDesirableWeight: 0.5 },
   odpo: {},
   beta_dpo: { betaDpoAlpha: 0 },
 };
@@ -487,6 +491,7 @@ const pairs = (): PairLogProbs => ({
   chosenLengths: upload([2, 5, 1]),
   rejectedLengths: upload([4, 1, 7]),
   offsets: upload([0.5, 0, 1]),
+  kl: upload([0.75]).reshape([]),
 });
 const alone = (): PairLogProbs => ({ ...pairs(), refChosen: null, refRejected: null });
 
@@ -508,6 +513,38 @@ describe('derivatives', () => {
         preferenceLoss({ ...p, chosen, rejected }, { beta: 0.7, fDivergenceType });
       expect(gradcheck(loss, [p.chosen, p.rejected]).ok).toBe(true);
     });
+  });
+});
+
+describe('losses of single responses', () => {
+  it.each(names.filter((name) => preferenceLosses[name].response))('%s: a pair is its two responses', (lossType) => {
+    scope(() => {
+      const p = pairs();
+      const options = { beta: 0.7, lossType, ...smooth[lossType] };
+      const parameters = completeParameters(options);
+      const of = (policy: Tensor, reference: Tensor, desirable: number): number[] => {
+        const labels = upload([desirable, desirable, desirable]);
+        const each = preferenceLosses[lossType].response!(
+          { policy, reference, desirable: labels, kl: p.kl },
+          parameters,
+        );
+        return [...each.dataSync()];
+      };
+      const [chosen, rejected] = [of(p.chosen, p.refChosen!, 1), of(p.rejected, p.refRejected!, 0)];
+      // TRL's bco_pair adds the two, KTO's trainer takes the mean of all responses.
+      const share = lossType === 'bco_pair' ? 1 : 0.5;
+      const found = [...preferenceLosses[lossType].value(p, parameters).dataSync()];
+      expect(
+        worst(
+          found,
+          chosen.map((x, i) => share * (x + rejected[i])),
+        ),
+      ).toBeLessThan(1e-15);
+    });
+  });
+
+  it('are those of the table that say so', () => {
+    expect(names.filter((name) => preferenceLosses[name].response)).toEqual(unpairedLosses);
   });
 });
 
@@ -537,6 +574,7 @@ describe('extremes', () => {
           chosenLengths: put(60, 1),
           rejectedLengths: put(60, 9),
           offsets: put(0, 1),
+          kl: put(0.5).reshape([]),
         };
         const loss = (chosen: Tensor, rejected: Tensor): Tensor =>
           preferenceLoss({ ...p, chosen, rejected }, { beta: 1, lossType, ...smooth[lossType] });
@@ -597,6 +635,7 @@ describe('refusals', () => {
     const needing = names.filter((lossType) => refusal({ lossType, ...smooth[lossType] }, alone) !== 'accepted');
     expect(needing).toEqual([
       ...['nca_pair', 'bco_pair', 'sppo_hard', 'apo_zero', 'apo_down', 'aot', 'aot_unpaired', 'dpop', 'cal_dpo'],
+      ...['kto', 'apo_zero_unpaired'],
     ]);
     for (const lossType of needing)
       expect(refusal({ lossType, ...smooth[lossType] }, alone)).toContain(`${lossType} needs a reference: it `);
@@ -617,10 +656,18 @@ describe('refusals', () => {
     expect(() => lengthDesensitizedWeights([1], [2, 3], 0.5)).toThrow(/as many chosen as rejected/);
     scope(() => {
       const responses = { policy: upload([-1]), reference: upload([-1]), desirable: upload([1]) };
-      expect(() => ktoLoss(responses, { beta: 0 })).toThrow(/beta: expected a number above 0/);
-      expect(() => ktoLoss(responses, { beta: 1 })).toThrow(/expected the KL estimate/);
-      const negative = { beta: 1, lossType: 'apo_zero_unpaired', undesirableWeight: -1 } as const;
-      expect(() => ktoLoss(responses, negative)).toThrow(/undesirableWeight: expected a number of at least 0/);
+      const refused = (given: Partial<PreferenceLossOptions>): (() => Tensor) => {
+        return () => responseLoss(responses, { beta: 1, lossType: 'apo_zero_unpaired', ...given });
+      };
+      expect(refused({ beta: 0 })).toThrow(/beta: expected a number above 0/);
+      expect(refused({ lossType: 'kto' })).toThrow(/expected the KL estimate/);
+      expect(refused({ ktoUndesirableWeight: -1 })).toThrow(/kto undesirable weight: expected a number of at least 0/);
+      expect(refused({ lossType: 'sigmoid' })).toThrow(
+        /sigmoid compares the two responses of a pair, and these records/,
+      );
+      expect(refused({ nllWeight: 1 })).toThrow(/leave out nllWeight/);
+      expect(refused({ fDivergenceType: 'js_divergence' })).toThrow(/apo_zero_unpaired has no f-divergence/);
+      expect(refusal({ lossType: 'kto' }, () => ({ ...pairs(), kl: undefined }))).toContain('expected the KL estimate');
     });
   });
 });

@@ -5,6 +5,7 @@ import { valueAndGrad } from '../../src/autograd/transforms.js';
 import { KeelgradError } from '../../src/errors.js';
 import {
   dpoLoss,
+  implicitReward,
   margin,
   type PairLogProbs,
   type PreferenceLossOptions,
@@ -148,13 +149,13 @@ describeWithShared('recorded preference losses', FILE, () => {
       };
       const empty = new Int32Array();
       const packed = {
-        lengths: { length: 2 * values.chosen.length },
+        lengths: [...batch.chosen_lengths, ...batch.rejected_lengths],
         targetIds: empty,
         sequences: empty,
         targetRows: empty,
       };
       const statistics = { entropy: empty, argmax: empty, meanLogit: empty };
-      const found = pairMetrics(packed as never, statistics, values, options.beta);
+      const found = pairMetrics(packed as never, statistics, values, implicitReward(options));
       // TRL logs metrics in float32.
       for (const [name, expected] of Object.entries(result.metrics!))
         expect(relative(found[name], expected), name).toBeLessThan(1e-6);

@@ -64,7 +64,7 @@ type MicroBatch = Record<'chosen_logps' | 'rejected_logps' | 'ref_chosen_logps' 
 
 interface Inside {
   readonly examples: readonly PreferenceExample[];
-  readonly reference: ReferenceLogProbs;
+  readonly objective: { readonly reference: ReferenceLogProbs };
 }
 
 /** Scores every micro-batch of the runs inside `body` with the weights of its step, before it is learnt from. */
@@ -76,7 +76,8 @@ async function probingMicroBatches(body: () => Promise<unknown>): Promise<MicroB
     input: StepInput,
   ) {
     const { model } = this.trainable;
-    const { examples, reference } = this as unknown as Inside;
+    const { examples, objective } = this as unknown as Inside;
+    const { reference } = objective;
     const batches: MicroBatch[] = [];
     for (const indices of input.microBatches) {
       const pairs = indices.map((i) => examples[i]);

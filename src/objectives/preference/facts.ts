@@ -13,6 +13,8 @@ export const lossParameters = {
   rdpoAlpha: { default: 0.02, min: 0 },
   /** α of β-DPO: how far beta follows the mean margin. */
   betaDpoAlpha: { default: 0.6, min: 0 },
+  /** Momentum of the mean margin that β-DPO compares with; a trainer keeps that mean. */
+  betaDpoMomentum: { default: 0.9, min: 0, below: 1 },
   /** Target margin of SimPO and AlphaPO. */
   simpoGamma: { default: 0.5, min: 0 },
   /** α of AlphaPO's reward; 0 is SimPO. */
@@ -23,6 +25,9 @@ export const lossParameters = {
   slicDelta: { default: 1, min: 0 },
   /** Weight of SLiC's regularization towards the chosen response. */
   slicLambda: { default: 0.5, min: 0 },
+  /** Weights of KTO's two kinds of responses. */
+  ktoDesirableWeight: { default: 1, min: 0 },
+  ktoUndesirableWeight: { default: 1, min: 0 },
 } as const satisfies Record<string, ParameterFacts>;
 
 interface ParameterFacts {
@@ -33,6 +38,8 @@ interface ParameterFacts {
 }
 
 export type LossParameter = keyof typeof lossParameters;
+/** Everything that some losses take and others do not. */
+export type LossSetting = LossParameter | 'slicLengthNormalize';
 export const lossParameterNames = Object.keys(lossParameters) as LossParameter[];
 
 export const fDivergences = ['reverse_kl', 'forward_kl', 'js_divergence', 'alpha_divergence'] as const;
@@ -45,8 +52,8 @@ export const defaultDivergenceCoefficient = 0.5;
 export const nllReductions = ['token-mean', 'sequence-mean', 'sequence-sum'] as const;
 export type NllReduction = (typeof nllReductions)[number];
 
-/** Losses that a trainer can compute from a batch of pairs alone. */
-export const pairLosses = [
+/** Canonical names: TRL's where it has the loss. */
+export const preferenceLossNames = [
   'sigmoid',
   'hinge',
   'ipo',
@@ -66,21 +73,22 @@ export const pairLosses = [
   'dpop',
   'rdpo',
   'cal_dpo',
+  'beta_dpo',
+  'odpo',
   'simpo',
   'alphapo',
   'cpo',
   'orpo',
   'slic',
+  'kto',
+  'apo_zero_unpaired',
   'sft',
 ] as const;
-/** Those that need more: an offset for each pair, or the mean margin of the batches before. */
-export const furtherLosses = ['odpo', 'beta_dpo'] as const;
-export const preferenceLossNames = [...pairLosses, ...furtherLosses] as const;
 export type PreferenceLossName = (typeof preferenceLossNames)[number];
 
 export interface LossFacts {
   /** Parameters beside beta. */
-  readonly uses?: readonly LossParameter[];
+  readonly uses?: readonly LossSetting[];
   /** Neither the loss nor its reward has a beta. */
   readonly noBeta?: true;
   /** Why it needs a reference. */
@@ -91,14 +99,33 @@ export interface LossFacts {
   readonly divergence?: true;
   /** Why the loss has no value of its own for each pair, in their order. */
   readonly notPerPair?: string;
-  /** Compares pairs of a batch with one another. */
-  readonly sorts?: true;
+  /** Why one pair alone makes no batch of it. */
+  readonly needsSeveral?: string;
+  /** The gradient of one pair depends on the others of its batch: a step's micro-batches cannot be seen one by one. */
+  readonly couples?: true;
+  /** Compares a batch with the mean margin of those before, which a trainer keeps. */
+  readonly keepsMean?: true;
+  /** Takes an offset for each pair from the data. */
+  readonly needsOffsets?: true;
+  /** Takes the KL estimate from mismatched prompts and responses. */
+  readonly needsKl?: true;
+  /** A sum over single responses, so that it holds for labelled ones without pairs as well. */
+  readonly unpaired?: true;
   /** The NLL of the chosen response belongs to the loss, with this weight. */
   readonly nllWeight?: number;
 }
 
 const absolute = 'it compares each log-probability, not their difference, with the reference';
-const sorted = 'it sorts the batch';
+const sorting = {
+  notPerPair: 'it sorts the batch',
+  needsSeveral: 'it sorts the pairs of a batch',
+  couples: true,
+} as const;
+const labelled = {
+  uses: ['ktoDesirableWeight', 'ktoUndesirableWeight'],
+  needsReference: absolute,
+  unpaired: true,
+} as const;
 
 export const lossFacts: Readonly<Record<PreferenceLossName, LossFacts>> = {
   sigmoid: { divergence: true },
@@ -109,31 +136,32 @@ export const lossFacts: Readonly<Record<PreferenceLossName, LossFacts>> = {
   cdpo: { uses: ['labelSmoothing'] },
   exo_pair: { uses: ['labelSmoothing'], divergence: true },
   nca_pair: { needsReference: absolute },
-  bco_pair: { needsReference: absolute },
+  bco_pair: { needsReference: absolute, unpaired: true },
   sppo_hard: { needsReference: absolute },
   apo_zero: { needsReference: absolute },
   apo_down: { needsReference: absolute },
   aot: {
     uses: ['labelSmoothing'],
     needsReference: 'it compares the distribution of margins with that of the reference',
-    notPerPair: sorted,
-    sorts: true,
+    ...sorting,
   },
-  aot_unpaired: { uses: ['labelSmoothing'], needsReference: absolute, notPerPair: sorted, sorts: true },
+  aot_unpaired: { uses: ['labelSmoothing'], needsReference: absolute, ...sorting },
   discopop: { uses: ['discopopTau'], divergence: true },
   sigmoid_norm: { divergence: true },
   dpop: { uses: ['dpopLambda'], needsReference: 'it penalizes chosen responses that fall below the reference' },
   rdpo: { uses: ['rdpoAlpha'] },
   cal_dpo: { needsReference: absolute },
+  beta_dpo: { uses: ['betaDpoAlpha', 'betaDpoMomentum'], couples: true, keepsMean: true },
+  odpo: { needsOffsets: true },
   simpo: { uses: ['labelSmoothing', 'simpoGamma'], referenceFree: true },
   alphapo: { uses: ['labelSmoothing', 'simpoGamma', 'alphapoAlpha'], referenceFree: true },
   cpo: { uses: ['labelSmoothing'], referenceFree: true, nllWeight: 1 },
   orpo: { uses: ['orpoLambda'], noBeta: true, referenceFree: true, nllWeight: 1 },
-  slic: { uses: ['slicDelta', 'slicLambda'], noBeta: true, referenceFree: true },
+  slic: { uses: ['slicDelta', 'slicLambda', 'slicLengthNormalize'], noBeta: true, referenceFree: true },
+  kto: { ...labelled, needsKl: true },
+  apo_zero_unpaired: labelled,
   // Without a reference in its formula, but its rewards are those of DPO, as in TRL.
   sft: { notPerPair: 'it is one mean over the tokens of the batch' },
-  odpo: {},
-  beta_dpo: { uses: ['betaDpoAlpha'] },
 };
 
 /** The facts of some names; names that do not exist have none. */
@@ -144,9 +172,15 @@ export const factsOf = (names: readonly string[]): LossFacts[] =>
 export const defaultNllWeight = (names: readonly string[]): number =>
   Math.max(0, ...factsOf(names).map((facts) => facts.nllWeight ?? 0));
 
-/** The losses among `names`, or of all, that a parameter has a part in. */
-export const usersOf = (
-  parameter: LossParameter,
-  names: readonly string[] = preferenceLossNames,
-): PreferenceLossName[] =>
-  (names as readonly PreferenceLossName[]).filter((name) => lossFacts[name]?.uses?.includes(parameter));
+/** Whether none of the losses has a reference in its formula. */
+export const referenceFree = (names: readonly string[]): boolean =>
+  names.length > 0 && factsOf(names).every((facts) => facts.referenceFree);
+
+/** The losses among `names`, or of all, that a setting has a part in. */
+export const usersOf = (setting: LossSetting, names: readonly string[] = preferenceLossNames): PreferenceLossName[] =>
+  (names as readonly PreferenceLossName[]).filter((name) => lossFacts[name]?.uses?.includes(setting));
+
+/** Those that hold for labelled responses without pairs. */
+export const unpairedLosses: readonly PreferenceLossName[] = preferenceLossNames.filter(
+  (name) => lossFacts[name].unpaired,
+);

@@ -4,6 +4,7 @@
 // Notation of this folder: s_w = log π(y_w|x), r_w that of the reference, h_w = s_w - r_w, n_w scored tokens; l likewise;
 // β beta; ε label smoothing; σ the logistic function.
 import { add, div, exp, logSigmoid, minimum, mul, neg, rsub, sub } from '../../ops/elementwise.js';
+import { sum } from '../../ops/reduce.js';
 import type { Tensor } from '../../tensor/tensor.js';
 import type { FDivergence, LossParameter } from './facts.js';
 
@@ -21,6 +22,12 @@ export interface PairLogProbs {
   offsets?: Tensor;
   /** Weights `[B]` of the pairs' losses (WPO: `wpoWeights`), constants. */
   weights?: Tensor;
+  /** The KL estimate of `kto`, a scalar: see ktoKl. */
+  kl?: Tensor;
+  /** s_w before the weights of LD-DPO, `[B]`: what the NLL is of. `chosen` by default. */
+  chosenUnweighted?: Tensor;
+  /** Tokens that a token-mean NLL divides by, where the batch is part of a larger one; those of `chosen` by default. */
+  nllTokens?: number;
 }
 
 /** Every parameter of every loss, completed. */
@@ -71,6 +78,12 @@ export function scoreMargin(p: PairLogProbs, q: PreferenceParameters): Tensor {
   const [chosen, rejected] = scores(p, q);
   return mul(sub(chosen, rejected), q.beta);
 }
+
+/** -Σ s_w / Σ n_w: minus the mean log-probability of all chosen tokens, a scalar. */
+export const tokenMeanNll = (p: PairLogProbs): Tensor => {
+  const total = sum(p.chosenUnweighted ?? p.chosen);
+  return p.nllTokens === undefined ? neg(div(total, sum(p.chosenLengths))) : mul(total, -1 / p.nllTokens);
+};
 
 /** s_w/n_w and s_l/n_l. */
 export const meanLogProbs = (p: PairLogProbs): [chosen: Tensor, rejected: Tensor] => [

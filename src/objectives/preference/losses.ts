@@ -19,7 +19,7 @@ import {
   square,
   sub,
 } from '../../ops/elementwise.js';
-import { mean, sum } from '../../ops/reduce.js';
+import { mean } from '../../ops/reduce.js';
 import type { Tensor } from '../../tensor/tensor.js';
 import type { PreferenceLossName } from './facts.js';
 import {
@@ -32,12 +32,16 @@ import {
   rejectedRatio,
   scoreMargin,
   scores,
+  tokenMeanNll,
 } from './inputs.js';
+import { type LabelledLogProbs, pairProspects, prospects, requireKl } from './kto.js';
 import { sortAscending } from './sort.js';
 
 interface LossDefinition {
   /** `[B]`, or a scalar that holds for the whole batch. */
-  value: (pairs: PairLogProbs, parameters: PreferenceParameters) => Tensor;
+  readonly value: (pairs: PairLogProbs, parameters: PreferenceParameters) => Tensor;
+  /** `[B]` of labelled responses without pairs, of losses that are sums over single responses. */
+  readonly response?: (responses: LabelledLogProbs, parameters: PreferenceParameters) => Tensor;
 }
 
 /** -log σ(z). */
@@ -60,7 +64,7 @@ const logOdds = (a: Tensor): Tensor => {
 };
 
 /** name → loss. Canonical names are TRL's where it has the loss: `ipo` averages over tokens, `ipo_sum` is the paper's. */
-export const preferenceLosses = {
+export const preferenceLosses: Readonly<Record<PreferenceLossName, LossDefinition>> = {
   /** -log σ(z), z = β(S_w - S_l). DPO: Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; Eq. 1 of the SPO paper. */
   sigmoid: { value: (p, q) => logistic(scoreMargin(p, q)) },
 
@@ -111,6 +115,10 @@ export const preferenceLosses = {
   /** -log σ(βh_w) - log σ(-βh_l), without a running shift of rewards. BCO: Jung et al. 2024, arXiv 2404.04656. */
   bco_pair: {
     value: (p, { beta }) => add(logistic(mul(chosenRatio(p), beta)), logistic(neg(mul(rejectedRatio(p), beta)))),
+    response: (r, { beta }) => {
+      const sign = add(mul(r.desirable, 2), -1);
+      return logistic(mul(mul(sub(r.policy, r.reference), sign), beta));
+    },
   },
 
   /** (h_w - 1/(2β))² + (h_l + 1/(2β))². SPPO with hard labels: Wu et al. 2024, arXiv 2405.00675. */
@@ -215,7 +223,25 @@ export const preferenceLosses = {
   },
 
   /** Minus the mean log-probability of all chosen tokens of the batch: one number, no reference. */
-  sft: { value: (p) => neg(div(sum(p.chosen), sum(p.chosenLengths))) },
+  sft: { value: tokenMeanNll },
+
+  /**
+   * w_d (1 - σ(β(h - kl))) of desirable responses, w_u (1 - σ(β(kl - h))) of undesirable ones; of a pair, the mean of its two.
+   * KTO: Ethayarajh et al. 2024, arXiv 2402.01306.
+   */
+  kto: {
+    value: (p, q) => {
+      const above = (h: Tensor): Tensor => mul(sub(h, requireKl(p)), q.beta);
+      return pairProspects(above(chosenRatio(p)), above(rejectedRatio(p)), q);
+    },
+    response: (r, q) => prospects(r, q, requireKl(r)),
+  },
+
+  /** w_d (1 - σ(βh)) and w_u σ(βh), as kto with kl = 0: half of apo_zero on pairs. D'Oosterlinck et al. 2024, arXiv 2408.06266. */
+  apo_zero_unpaired: {
+    value: (p, q) => pairProspects(mul(chosenRatio(p), q.beta), mul(rejectedRatio(p), q.beta), q),
+    response: (r, q) => prospects(r, q, 0),
+  },
 
   /** -log σ(β(h_w - h_l) - offset), an offset for each pair. ODPO: Amini et al. 2024, arXiv 2402.10571. */
   odpo: {
@@ -237,7 +263,7 @@ export const preferenceLosses = {
       return logistic(mul(h, beta));
     },
   },
-} satisfies Record<PreferenceLossName, LossDefinition>;
+};
 
 /** (h_w - 1/(2β))² + (h_l + 1/(2β))². */
 const calibration = (p: PairLogProbs, beta: number): Tensor =>

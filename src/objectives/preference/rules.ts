@@ -1,6 +1,6 @@
 // Combinations of losses and their settings that make no sense, each with its reason: for library calls and options alike.
 // Must stay free of tensors: options are checked before anything heavy is loaded.
-import { factsOf, type LossFacts, lossFacts, type PreferenceLossName } from './facts.js';
+import { factsOf, type LossFacts, lossFacts, type PreferenceLossName, unpairedLosses } from './facts.js';
 
 /** What a combination consists of. */
 export interface LossContext {
@@ -9,7 +9,9 @@ export interface LossContext {
   readonly fDivergenceType: string;
   readonly nllWeight: number;
   readonly hasReference: boolean;
-  /** Pairs in a batch, where that is known. */
+  /** How to get a reference. */
+  readonly referenceRemedy: string;
+  /** Pairs that a step sees together, where that is known. */
   readonly batchSize?: number;
   /** Whether pairs are weighted (WPO). */
   readonly weighted?: boolean;
@@ -31,7 +33,7 @@ const usesDivergence = (c: LossContext): boolean => c.fDivergenceType !== 'rever
 const conflicts: readonly Conflict[] = [
   (c) => {
     const name = c.hasReference ? undefined : first(c, (facts) => facts.needsReference);
-    return name && `${name} needs a reference: ${lossFacts[name].needsReference}`;
+    return name && `${name} needs a reference: ${lossFacts[name].needsReference}; ${c.referenceRemedy}`;
   },
   (c, n) =>
     c.names.includes('exo_pair') && c.labelSmoothing === 0
@@ -54,13 +56,15 @@ const conflicts: readonly Conflict[] = [
     return name && `weights of pairs have no meaning for ${name}: ${lossFacts[name].notPerPair}`;
   },
   (c, n) => {
-    const name = c.batchSize === 1 ? first(c, (facts) => facts.sorts) : undefined;
-    return name && `${name} sorts the pairs of a batch; raise ${n.option('batchSize')} above 1`;
+    const name = c.batchSize === 1 ? first(c, (facts) => facts.needsSeveral) : undefined;
+    return (
+      name && `${name} ${lossFacts[name].needsSeveral?.replace(/^it /, '')}; raise ${n.option('batchSize')} above 1`
+    );
   },
 ];
 
 /** `sft` is beside scores of pairs, not one of them: a divergence of the other losses does not concern it. */
-const isBatchMean = (facts: LossFacts): boolean => facts.notPerPair !== undefined && !facts.sorts;
+const isBatchMean = (facts: LossFacts): boolean => facts.notPerPair !== undefined && !facts.needsSeveral;
 
 /** What is wrong with a combination, or undefined. */
 export function lossConflict(context: LossContext, naming: LossNaming): string | undefined {
@@ -69,6 +73,16 @@ export function lossConflict(context: LossContext, naming: LossNaming): string |
     if (found !== undefined) return found;
   }
   return undefined;
+}
+
+/** What is wrong with a combination for labelled responses without pairs, or undefined. */
+export function unpairedConflict(context: LossContext, naming: LossNaming): string | undefined {
+  const name = first(context, (facts) => !facts.unpaired);
+  if (name)
+    return `${name} compares the two responses of a pair, and these records have one response and its label; use ${unpairedLosses.join(', ')}, or pairs`;
+  if (context.nllWeight > 0)
+    return `the NLL is one of the chosen responses of pairs, and these records have none; leave out ${naming.option('nllWeight')}`;
+  return lossConflict(context, naming);
 }
 
 /** Whether some loss has a score that an f-divergence could replace. */
