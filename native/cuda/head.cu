@@ -157,7 +157,7 @@ KG_DEVICE void finishProbe(const Forward<C>& f, int64_t at) {
   const int64_t row = at / f.probeCount, q = at % f.probeCount;
   const int32_t id = f.probes[q];
   const bool fault = id < 0 || id >= f.vocabulary;
-  if (fault) reportFault(f.faults, FaultKind::IdOutOfRange, id, q, f.vocabulary);
+  if (fault) reportFault(f.faults, FaultKind::ProbeOutOfRange, id, q, f.vocabulary);
   f.probeLogProbs[at] = fault ? C(NAN) : static_cast<C>(double(f.probeLogProbs[at]) - logSumExp(f.states[row]));
 }
 

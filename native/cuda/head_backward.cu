@@ -86,13 +86,15 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kHeadThreads) sumTargets(Backward<T> p) {
 // hidden and lse in the order of the cotangent rows, a block a row. NaN where the map leaves the primal rows.
 template <class T>
 KG_GLOBAL void KG_LAUNCH_BOUNDS(kHeadThreads)
-    gatherPrimalRows(T* hiddenRows, compute_t<T>* lseRows, const T* hidden, const compute_t<T>* lse, RowMap rowMap,
-                     int64_t width, FaultSink faults) {
-  const int64_t row = blockIdx.x, primal = rowMap(row, faults);
-  for (int64_t i = threadIdx.x; i < width; i += kHeadThreads) {
-    hiddenRows[row * width + i] = primal < 0 ? T(float(NAN)) : hidden[primal * width + i];
+    gatherPrimalRows(T* hiddenRows, compute_t<T>* lseRows, Backward<T> p, const int32_t* rowMap, int64_t primalRows) {
+  const int64_t row = blockIdx.x, primal = rowMap[row];
+  const bool fault = primal < 0 || primal >= primalRows;
+  for (int64_t i = threadIdx.x; i < p.width; i += kHeadThreads) {
+    hiddenRows[row * p.width + i] = fault ? T(float(NAN)) : p.hidden[primal * p.width + i];
   }
-  if (threadIdx.x == 0) lseRows[row] = primal < 0 ? compute_t<T>(NAN) : lse[primal];
+  if (threadIdx.x != 0) return;
+  lseRows[row] = fault ? compute_t<T>(NAN) : p.lse[primal];
+  if (fault) reportFault(p.faults, FaultKind::RowMapOutOfRange, primal, row, primalRows);
 }
 
 // ---- gradients of logits
@@ -176,8 +178,8 @@ Sums<compute_t<T>> prepare(const Call& call, Backward<T>& p, int64_t blockRows) 
   if (gathered > 0) {
     T* hiddenRows = workspace.get<T>(hidden);
     C* lseRows = workspace.get<C>(lse);
-    launch(call, {gridOf(p.rows), kHeadThreads}, gatherPrimalRows<T>, hiddenRows, lseRows, p.hidden, p.lse,
-           RowMap::of(call[8], call[3].size(0)), p.width, p.faults);
+    launch(call, {gridOf(p.rows), kHeadThreads}, gatherPrimalRows<T>, hiddenRows, lseRows, p, call[8].ptr<int32_t>(),
+           call[3].size(0));
     p.hidden = hiddenRows;
     p.lse = lseRows;
   }
