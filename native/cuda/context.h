@@ -81,11 +81,12 @@ template <class... P, class... A>
 void launch(const Call& call, LaunchShape shape, void (*kernel)(P...), A... arguments) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
   const Context& on = context(call);
-#ifdef KG_SIMT
-  simt::launch(shape.grid, dim3(shape.threads), shape.shared, on.stream, kernel, static_cast<P>(arguments)...);
-#else
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shape.shared > 48 * 1024) allowShared(on, function, shape.shared);
+#ifdef KG_SIMT
+  check(simt::launch(shape.grid, dim3(shape.threads), shape.shared, on.stream, kernel, static_cast<P>(arguments)...),
+        "launch");
+#else
   std::tuple<P...> values(static_cast<P>(arguments)...);
   std::apply(
       [&](P&... value) {

@@ -1,0 +1,45 @@
+// Device memory: allocations with guard gaps in an address range of their own, without rights for the host unless the
+// device works; pinned host memory; the shared memory of the running block.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace simt {
+
+void* allocateDevice(size_t bytes);  // nullptr: out of memory
+bool freeDevice(void* memory);       // false: not an allocation
+void* allocatePinned(size_t bytes);
+bool freePinned(void* memory);
+bool isPinned(const void* memory);
+bool inDeviceRange(const void* address);
+// Is [at, at + bytes) within one live allocation?
+bool isDeviceMemory(const void* at, size_t bytes);
+size_t deviceMemoryInUse();
+// Writes outside of allocations that no page fault caught; ends the process on one.
+void checkGuards();
+// What is known of an address in the device's range: "24 bytes after an allocation of 64 bytes"...
+std::string describeAddress(const void* address);
+
+// Between open and close the device works: its memory can be accessed.
+class DeviceAccess {
+ public:
+  DeviceAccess() = default;
+  DeviceAccess(const DeviceAccess&) = delete;
+  ~DeviceAccess() { close(); }
+  void open();
+  void close();
+
+ private:
+  bool open_ = false;
+};
+
+// ---- shared memory of the one block that runs
+void beginShared(size_t dynamicBytes);  // for a launch
+void resetShared();                     // for a block of it: contents unknown (NaN), guards whole
+void checkShared();                     // after a block
+unsigned char* dynamicShared();
+void* staticShared(const void* tag, size_t bytes);
+bool inSharedRange(const void* address);
+
+}  // namespace simt
