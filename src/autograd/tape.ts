@@ -7,6 +7,8 @@
 //
 // A node is owned by the lowest level of its mask, which ends last; saved tensors go as soon as that level's
 // backward has passed them, or when the level closes.
+import { KeelgradError } from '../errors.js';
+import type { SequenceStreams } from '../ops/streams.js';
 import { detachFromScope, owned } from '../tensor/scope.js';
 import { sameShape } from '../tensor/shape.js';
 import type { Storage } from '../tensor/storage.js';
@@ -22,11 +24,25 @@ export interface Contribution {
   materialize(): Tensor;
 }
 
-/** Receives the gradient contributions of one leaf, in backward order. Called outside of differentiable backward only. */
+/** Receives the gradient contributions of one leaf, in backward order. */
 export interface GradientSink {
   accept(contribution: Contribution | Tensor): void;
   /** Where kernels that accumulate may add this leaf's gradient themselves; null: hand everything to accept. */
   readonly buffer: Tensor | null;
+  /** Takes contributions where backward is itself differentiated, too; other sinks are passed over there. */
+  readonly differentiable?: boolean;
+  /** Two gradients of this leaf that kernels may accumulate, each sequence with coefficients of its own. */
+  readonly shares?: GradientShares | null;
+}
+
+/** first += sum over sequences of coefficients[0, s] * gradient of s; second, with coefficients[1], over the first ones. */
+export interface GradientShares {
+  readonly first: Tensor | null;
+  readonly second: Tensor | null;
+  /** `[2, N]`: coefficients by target, in the dtype of the accumulated gradients. */
+  readonly byTarget: Tensor;
+  /** Targets that take part in the second. */
+  readonly secondTargets: number;
 }
 
 export type Cotangent = Tensor | Contribution | null;
@@ -47,6 +63,10 @@ export interface BackwardContext {
   differentiable: boolean;
   /** The accumulation buffer of input i's sink, shaped like the input; null where there is none. */
   buffer: (input: number) => Tensor | null;
+  /** Set where cotangents are kept apart by sequence: their rows are those of the streams, not of the packed axis. */
+  streams: SequenceStreams | null;
+  /** The shares of input i's sink; null where there are none. */
+  shares: (input: number) => GradientShares | null;
 }
 
 interface Saved {
@@ -68,10 +88,20 @@ class Node implements TapeNode {
   readonly inputDTypes: readonly Tensor['dtype'][];
   saved: Saved[];
   readonly backward: Backward;
+  /** Whether backward knows of streams. */
+  readonly streamed: boolean;
   sink: GradientSink | null = null;
 
-  constructor(op: string, mask: number, inputs: readonly Tensor[], saved: Saved[], backward: Backward) {
+  constructor(
+    op: string,
+    mask: number,
+    inputs: readonly Tensor[],
+    saved: Saved[],
+    backward: Backward,
+    streamed: boolean,
+  ) {
     this.op = op;
+    this.streamed = streamed;
     this.mask = mask;
     this.parents = inputs.map((t) => (t.node && t.node.mask & mask ? (t.node as Node) : null));
     this.parentOutputs = inputs.map((t) => t.output);
@@ -119,6 +149,7 @@ export function requireUntracked(op: string, ...tensors: readonly Tensor[]): voi
  * nothing is recorded, returns them unchanged and keeps nothing.
  *
  * @param saved tensors that backward needs, among inputs, outputs or others; aliased, so the originals may be disposed of
+ * @param streamed whether backward obeys `context.streams`; where cotangents are kept apart, other ops are an error
  */
 export function record<T extends readonly Tensor[]>(
   op: string,
@@ -126,6 +157,7 @@ export function record<T extends readonly Tensor[]>(
   outputs: T,
   saved: readonly Tensor[],
   backward: Backward,
+  streamed = false,
 ): T {
   const mask = trackedMask(inputs);
   if (mask === 0) return outputs;
@@ -134,7 +166,7 @@ export function record<T extends readonly Tensor[]>(
     const alias = detachFromScope(output >= 0 ? t.detach() : t.alias());
     return { tensor: alias, storage: t.storage, version: t.storage.version, output };
   });
-  const node = new Node(op, mask, inputs, kept, backward);
+  const node = new Node(op, mask, inputs, kept, backward, streamed);
   tapes[lowestLevel(mask)].push(node);
   return outputs.map((t, i) => {
     const tracked = t.alias(node, i);
@@ -182,8 +214,10 @@ export interface Differentiated<R> {
 }
 
 export interface DifferentiateOptions {
-  /** A sink per input, or null. Ignored where backward is itself differentiated. */
+  /** A sink per input, or null. Ignored where backward is itself differentiated, but for differentiable sinks. */
   sinks?: readonly (GradientSink | null)[];
+  /** Keeps the cotangents of each sequence apart: every op between inputs and outputs must know how. */
+  streams?: SequenceStreams | null;
 }
 
 /** Engine-wide helpers that need ops, supplied by ops/reduce.ts: this file uses no op by name. */
@@ -205,33 +239,129 @@ export function defineTapeOps(given: TapeOps): void {
 export function differentiate<R>(
   inputs: readonly Tensor[],
   f: (tracked: Tensor[]) => R,
-  outputs: (result: R) => readonly { tensor: Tensor; cotangent: Tensor }[],
+  outputs: (result: R) => readonly Start[],
   options: DifferentiateOptions = {},
 ): Differentiated<R> {
-  const level = tapes.length;
-  if (level >= 30) throw new Error('[differentiate] expected at most 30 nested transforms');
-  const bit = 1 << level;
-  const savedMask = recordMask;
-  const before = sequence;
-  const leaves = inputs.map((t, i) => {
-    const leaf = new Node('input', bit | (t.node ? t.node.mask & savedMask : 0), [t], [], passThrough);
-    leaf.sink = options.sinks?.[i] ?? null;
-    return leaf;
-  });
-  tapes.push([]);
+  const level = new Level(inputs, options);
   try {
-    recordMask = savedMask | bit;
-    const result = f(inputs.map((t, i) => t.alias(leaves[i], 0)));
-    const starts = outputs(result);
-    recordMask = savedMask & (bit - 1);
-    return { result, gradients: pullBack(level, leaves, starts) };
+    const { result, starts } = level.record(() => {
+      const result = f(level.track(inputs));
+      return { result, starts: outputs(result) };
+    });
+    return { result, gradients: level.pullBack(starts) };
   } finally {
-    recordMask = savedMask;
-    for (const leaf of leaves) {
-      leaf.mask &= ~bit;
+    level.close();
+  }
+}
+
+/** A tensor to pull a cotangent back from. */
+export interface Start {
+  tensor: Tensor;
+  cotangent: Tensor;
+}
+
+/** A recorded function whose cotangents come later: its tape waits while other work, and other transforms, run. */
+export interface Suspended<R> {
+  readonly result: R;
+  /** Pulls cotangents back, once; the tape is let go of. */
+  pullBack(starts: readonly Start[]): (Tensor | null)[];
+  /** Lets go of the tape; nothing happens after `pullBack`. */
+  close(): void;
+}
+
+/**
+ * As `differentiate`, in two parts, so that the cotangents may depend on values that are read in between. At the outermost
+ * level only. The result belongs to the caller's scope; tensors of it that cotangents start from must outlive it.
+ */
+export function suspend<R>(
+  inputs: readonly Tensor[],
+  f: (tracked: Tensor[]) => R,
+  options: DifferentiateOptions = {},
+): Suspended<R> {
+  if (tapes.length > 0) throw new Error('[suspend] expected no transform around it, found one');
+  const level = new Level(inputs, options);
+  let result: R;
+  try {
+    result = level.record(() => f(level.track(inputs)));
+  } catch (error) {
+    level.close();
+    throw error;
+  }
+  level.leave();
+  let open = true;
+  const finish = <T>(use: () => T): T => {
+    if (tapes.length > 0) throw new Error('[suspend] expected no transform around its end, found one');
+    open = false;
+    level.enter();
+    try {
+      return use();
+    } finally {
+      level.close();
+    }
+  };
+  return {
+    result,
+    pullBack: (starts) => {
+      if (!open) throw new Error('[suspend] expected a tape that waits, found one that is closed');
+      return finish(() => level.pullBack(starts));
+    },
+    close: () => {
+      if (open) finish(() => undefined);
+    },
+  };
+}
+
+/** One open transform: its leaves, and its place among those that are open. */
+class Level {
+  private readonly index = tapes.length;
+  private readonly bit = 1 << tapes.length;
+  private readonly outerMask = recordMask;
+  private readonly before = sequence;
+  private readonly tape: Node[] = [];
+  private readonly leaves: readonly Node[];
+  private readonly streams: SequenceStreams | null;
+
+  constructor(inputs: readonly Tensor[], { sinks, streams }: DifferentiateOptions) {
+    if (this.index >= 30) throw new Error('[differentiate] expected at most 30 nested transforms');
+    this.streams = streams ?? null;
+    this.leaves = inputs.map((t, i) => {
+      const outer = t.node ? t.node.mask & this.outerMask : 0;
+      const leaf = new Node('input', this.bit | outer, [t], [], passThrough, true);
+      leaf.sink = sinks?.[i] ?? null;
+      return leaf;
+    });
+    this.enter();
+  }
+
+  track(inputs: readonly Tensor[]): Tensor[] {
+    return inputs.map((t, i) => t.alias(this.leaves[i], 0));
+  }
+
+  enter(): void {
+    tapes.push(this.tape);
+  }
+
+  leave(): void {
+    tapes.pop();
+  }
+
+  record<T>(f: () => T): T {
+    return withMasks(this.outerMask | this.bit, forbidden, f);
+  }
+
+  /** Recorded for outer levels only. */
+  pullBack(starts: readonly Start[]): (Tensor | null)[] {
+    return withMasks(this.outerMask & (this.bit - 1), forbidden, () =>
+      pullBack(this.index, this.leaves, starts, this.streams),
+    );
+  }
+
+  close(): void {
+    for (const leaf of this.leaves) {
+      leaf.mask &= ~this.bit;
       leaf.sink = null; // it was for this level: an outer backward passes here too
     }
-    closeLevel(level, before);
+    closeLevel(this.index, this.before);
   }
 }
 
@@ -264,7 +394,8 @@ function reachable(starts: readonly Node[], leaves: ReadonlySet<Node>, bit: numb
 function pullBack(
   level: number,
   leaves: readonly Node[],
-  starts: readonly { tensor: Tensor; cotangent: Tensor }[],
+  starts: readonly Start[],
+  streams: SequenceStreams | null,
 ): (Tensor | null)[] {
   const bit = 1 << level;
   const pending = new Map<Node, (Tensor | null)[]>();
@@ -280,7 +411,7 @@ function pullBack(
     for (const node of reachable(roots, new Set(leaves), bit)) {
       const cotangents = pending.get(node);
       pending.delete(node);
-      if (cotangents) step(node, bit, cotangents, pending);
+      if (cotangents) step(node, bit, cotangents, pending, streams);
       if (lowestLevel(node.mask) === level) node.release();
     }
   } catch (error) {
@@ -301,10 +432,16 @@ const disposeAll = (tensors: readonly (Tensor | null)[]): void => {
 };
 
 /** One node's backward: its cotangents go, those of its parents come. */
-function step(node: Node, bit: number, cotangents: (Tensor | null)[], pending: Map<Node, (Tensor | null)[]>): void {
+function step(
+  node: Node,
+  bit: number,
+  cotangents: (Tensor | null)[],
+  pending: Map<Node, (Tensor | null)[]>,
+  streams: SequenceStreams | null,
+): void {
   let results: readonly (Tensor | null)[];
   try {
-    results = runBackward(node, bit, cotangents);
+    results = runBackward(node, bit, cotangents, streams);
   } finally {
     disposeAll(cotangents);
   }
@@ -319,7 +456,16 @@ function step(node: Node, bit: number, cotangents: (Tensor | null)[], pending: M
 }
 
 /** Cotangents of a node's parents, owned; null where none is needed or a sink took the contribution. */
-function runBackward(node: Node, bit: number, cotangents: readonly (Tensor | null)[]): readonly (Tensor | null)[] {
+function runBackward(
+  node: Node,
+  bit: number,
+  cotangents: readonly (Tensor | null)[],
+  streams: SequenceStreams | null,
+): readonly (Tensor | null)[] {
+  if (streams && !node.streamed)
+    throw new KeelgradError(
+      `[${node.op}] has no rule that keeps the gradients of sequences apart, as their norms need; leave the regularizer out (gamma 0), or use an op that has one`,
+    );
   const needs = node.parents.map((p) => p !== null && (p.mask & bit) !== 0);
   const sunk: { parent: Node; contribution: Contribution }[] = [];
   return owned(() => {
@@ -336,17 +482,19 @@ function runBackward(node: Node, bit: number, cotangents: readonly (Tensor | nul
       needs,
       differentiable,
       buffer: (i) => (differentiable ? null : (node.parents[i]?.sink?.buffer ?? null)),
+      streams,
+      shares: (i) => node.parents[i]?.sink?.shares ?? null,
     };
     const given = node.backward(context);
     const tensors = node.parents.map((parent, i): Tensor | null => {
       const value = given[i];
       if (!needs[i] || !parent || !value) return null;
-      if (!isContribution(value)) return settle(value, node.inputShapes[i], node.inputDTypes[i]);
-      if (parent.sink && !differentiable) {
+      if (!isContribution(value)) return settle(value, node.inputShapes[i], node.inputDTypes[i], streams);
+      if (parent.sink && (!differentiable || parent.sink.differentiable)) {
         sunk.push({ parent, contribution: value });
         return null;
       }
-      return settle(value.materialize(), node.inputShapes[i], node.inputDTypes[i]);
+      return settle(value.materialize(), node.inputShapes[i], node.inputDTypes[i], streams);
     });
     for (const { parent, contribution } of sunk) parent.sink!.accept(contribution);
     return tensors;
@@ -358,7 +506,7 @@ function deliver(node: Node, input: number, value: Tensor, pending: Map<Node, (T
   const parent = node.parents[input];
   if (!parent) return;
   const { sink } = parent;
-  if (sink && value.node === null) {
+  if (sink && (value.node === null || sink.differentiable)) {
     owned(() => {
       sink.accept(value);
       return [];
@@ -369,9 +517,15 @@ function deliver(node: Node, input: number, value: Tensor, pending: Map<Node, (T
 
 const isContribution = (value: Tensor | Contribution): value is Contribution => 'materialize' in value;
 
-/** Undoes broadcasting and promotion, once, for every rule. */
-function settle(value: Tensor, shape: readonly number[], dtype: Tensor['dtype']): Tensor {
-  const summed = sameShape(value.shape, shape) ? value : ops.sumTo(value, shape);
+/** Undoes broadcasting and promotion, once, for every rule. With streams, rows are the rule's own business. */
+function settle(
+  value: Tensor,
+  shape: readonly number[],
+  dtype: Tensor['dtype'],
+  streams: SequenceStreams | null,
+): Tensor {
+  const expected = streams && value.ndim === shape.length ? [value.shape[0], ...shape.slice(1)] : shape;
+  const summed = sameShape(value.shape, expected) ? value : ops.sumTo(value, expected);
   return summed.dtype === dtype ? summed : ops.cast(summed, dtype);
 }
 

@@ -1,5 +1,5 @@
 // Movement: copies, casts, views, rows by index. Views share storage; everything else allocates.
-import { record, requireUntracked } from '../autograd/tape.js';
+import { type Backward, type Cotangent, record, requireUntracked } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { type DType, isFloating } from '../tensor/dtype.js';
 import { owned } from '../tensor/scope.js';
@@ -8,6 +8,7 @@ import { canonicalDevice, type Device } from '../tensor/storage.js';
 import { defineMaterialize, Tensor } from '../tensor/tensor.js';
 import { mul } from './elementwise.js';
 import { sumTo } from './reduce.js';
+import type { SequenceStreams } from './streams.js';
 
 defineMaterialize((t, dtype) => owned(() => [copyTo(t, dtype)])[0]);
 
@@ -80,7 +81,7 @@ export function to(x: Tensor, target: { dtype?: DType; device?: Device }): Tenso
 /** A contiguous tensor with the same values: itself (aliased) when it is contiguous already. */
 export function contiguous(x: Tensor): Tensor {
   if (x.contiguous) return x.alias();
-  return record('contiguous', [x], [copyTo(x, x.dtype)], [], ({ g }) => [g])[0];
+  return record('contiguous', [x], [copyTo(x, x.dtype)], [], ({ g }) => [g], true)[0];
 }
 
 /** A copy with its own storage. Differentiable. */
@@ -100,7 +101,10 @@ export function reshape(x: Tensor, shape: readonly number[]): Tensor {
   }
   const out = x.view(resolved, contiguousStrides(resolved));
   const from = x.shape;
-  return record('reshape', [x], [out], [], ({ g }) => [reshape(g, from)])[0];
+  // With streams the first axis has another length, the same before and after.
+  const streamed = from[0] === resolved[0];
+  const backward: Backward = ({ g, streams }) => [reshape(g, streams ? [g.shape[0], ...from.slice(1)] : from)];
+  return record('reshape', [x], [out], [], backward, streamed)[0];
 }
 
 function resolveShape(x: Tensor, shape: readonly number[]): readonly number[] {
@@ -253,7 +257,16 @@ export function gatherRows(table: Tensor, ids: Tensor): Tensor {
   if (out.size > 0) launch('gatherRows', [out, compact, ids]);
   compact.dispose();
   const count = table.shape[0];
-  return record('gatherRows', [table], [out], [ids], ({ g, saved }) => [new LookupContribution(saved[0], g, count)])[0];
+  const backward: Backward = ({ g, saved: [index], streams }) => [
+    streams ? lookupBySequence(g, index, count, streams) : new LookupContribution(index, g, count),
+  ];
+  return record('gatherRows', [table], [out], [ids], backward, true)[0];
+}
+
+/** Of token ids: what each row of a sequence sends to the embedding. Of rows of targets: the targets' cotangents in their rows. */
+function lookupBySequence(g: Tensor, index: Tensor, count: number, streams: SequenceStreams): Cotangent {
+  if (streams.indexKind('gatherRows', index) === 'ids') return new LookupContribution(streams.ids, g, count, streams);
+  return scatterRows(g, streams.targetRows, streams.rows);
 }
 
 /** The gradient of a table behind a lookup: row ids[i] receives g[i]. */
@@ -262,9 +275,12 @@ export class LookupContribution {
   readonly shape: readonly number[];
   readonly ids: Tensor;
   readonly g: Tensor;
-  constructor(ids: Tensor, g: Tensor, rows: number) {
+  /** Set where the rows of g lie sequence by sequence. */
+  readonly streams: SequenceStreams | null;
+  constructor(ids: Tensor, g: Tensor, rows: number, streams: SequenceStreams | null = null) {
     this.ids = ids;
     this.g = g;
+    this.streams = streams;
     this.shape = [rows, g.shape[1]];
   }
   materialize(): Tensor {

@@ -1,12 +1,14 @@
 // Products: matmul and linear, over one kernel that takes any strides.
-import { type Contribution, record } from '../autograd/tape.js';
+import { type Backward, type Contribution, type Cotangent, record } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { isFloating, policyOf, promote } from '../tensor/dtype.js';
 import { broadcastShapes, broadcastStrides } from '../tensor/shape.js';
 import type { Tensor } from '../tensor/tensor.js';
+import { bySequence, linearBackward, spread } from './backward.js';
 import { mul } from './elementwise.js';
 import { cast, emptyLike, reshape, transpose, unsqueeze } from './movement.js';
 import { sum } from './reduce.js';
+import type { SequenceStreams } from './streams.js';
 
 function requireMatrices(op: string, a: Tensor, b: Tensor): void {
   if (a.ndim < 2 || b.ndim < 2 || a.shape[a.ndim - 1] !== b.shape[b.ndim - 2])
@@ -63,21 +65,25 @@ export class LinearContribution implements Contribution {
   readonly x: Tensor;
   readonly g: Tensor;
   readonly scale: number;
-  constructor(x: Tensor, g: Tensor, scale = 1) {
+  /** Set where the rows of g lie sequence by sequence; those of x are rows of the packed axis. */
+  readonly streams: SequenceStreams | null;
+  constructor(x: Tensor, g: Tensor, scale = 1, streams: SequenceStreams | null = null) {
     this.x = x;
     this.g = g;
     this.scale = scale;
+    this.streams = streams;
     this.shape = [g.shape[1], x.shape[1]];
   }
   materialize(): Tensor {
-    const product = matmul(transpose(this.g), this.x);
+    const product = matmul(transpose(this.g), spread(this.x, this.streams));
     return this.scale === 1 ? product : mul(product, this.scale);
   }
   /** into[out, in] += scale * the contribution. */
   addTo(into: Tensor, scale: number): void {
     const gt = transpose(this.g.node ? this.g.detach() : this.g);
     const wide = into.dtype === this.x.dtype || (into.dtype === 'float32' && this.x.dtype === 'bfloat16');
-    matmulInto(into, gt, wide ? this.x : cast(this.x, into.dtype), {
+    const x = spread(this.x.node ? this.x.detach() : this.x, this.streams);
+    matmulInto(into, gt, wide ? x : cast(x, into.dtype), {
       alpha: scale * this.scale,
       accumulate: true,
     });
@@ -113,12 +119,33 @@ export function linear(x: Tensor, weight: Tensor, bias: Tensor | null = null): T
   matmulInto(out, rows, wt, { bias });
   wt.dispose();
   const inputs = bias ? [rows, weight, bias] : [rows, weight];
-  const y = record('linear', inputs, [out], [rows, weight], ({ g, saved: [r, w], needs }) => [
-    needs[0] ? matmul(g, w) : null,
-    needs[1] ? new LinearContribution(r, g) : null,
-    needs[2] ? sum(g.dtype === 'bfloat16' ? cast(g, 'float32') : g, { axes: 0 }) : null,
-  ])[0];
+  const backward: Backward = ({ g, saved: [r, w], needs, streams }) => [
+    needs[0] ? linearBackward(g, w) : null,
+    needs[1] ? new LinearContribution(r, g, 1, streams) : null,
+    needs[2] ? biasCotangent(g, streams) : null,
+  ];
+  const y = record('linear', inputs, [out], [rows, weight], backward, x.ndim === 2)[0];
   return x.ndim === 2 ? y : reshape(y, [...x.shape.slice(0, -1), weight.shape[0]]);
+}
+
+/** The cotangent of a bias behind rows g `[R, out]`. */
+export function biasCotangent(g: Tensor, streams: SequenceStreams | null): Cotangent {
+  if (streams) return new VectorContribution(bySequence(g, streams));
+  return sum(g.dtype === 'bfloat16' ? cast(g, 'float32') : g, { axes: 0 });
+}
+
+/** The gradient of a vector (a bias, a norm's weight) apart for each sequence: `[S, n]` in the accumulation dtype. */
+export class VectorContribution implements Contribution {
+  readonly kind = 'vector';
+  readonly shape: readonly number[];
+  readonly bySequence: Tensor;
+  constructor(bySequence: Tensor) {
+    this.bySequence = bySequence;
+    this.shape = [bySequence.shape[1]];
+  }
+  materialize(): Tensor {
+    return sum(this.bySequence, { axes: 0 });
+  }
 }
 
 /** A zeroed accumulation buffer for the gradient of `like`: float32 for bfloat16, else its dtype. */

@@ -1,9 +1,10 @@
 // The fused ops of a transformer block: RMSNorm, rotary embedding, SwiGLU, attention over packed segments, LoRA linear.
-import { type Cotangent, record, trackedMask } from '../autograd/tape.js';
+import { type Backward, type BackwardContext, type Cotangent, record, trackedMask } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { sameShape } from '../tensor/shape.js';
 import { Tensor } from '../tensor/tensor.js';
+import { attentionBackward, linearBackward, rmsNormBackward, swigluBackward } from './backward.js';
 import { add, mul, neg, rsqrt, silu, square, sub, where } from './elementwise.js';
 import { fused } from './fused.js';
 import {
@@ -19,8 +20,17 @@ import {
   transpose,
   unsqueeze,
 } from './movement.js';
-import { asRows, LinearContribution, linear, matmul, matmulInto, requireLinear } from './product.js';
-import { mean, sum } from './reduce.js';
+import {
+  asRows,
+  biasCotangent,
+  LinearContribution,
+  linear,
+  matmul,
+  matmulInto,
+  requireLinear,
+  VectorContribution,
+} from './product.js';
+import { mean } from './reduce.js';
 import type { SegmentLayout } from './segments.js';
 import { softmax } from './softmax.js';
 
@@ -63,7 +73,13 @@ export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
       return { output, saved: [rstd] };
     },
     definition: (a, w) => rmsNormDefinition(a, w, eps),
-    backward: ({ g, saved: [a, w, rstd], needs, buffer }) => {
+    differentiable: true,
+    streamed: x.ndim === 2,
+    backward: ({ g, saved: [a, w, rstd], needs, buffer, differentiable, streams }) => {
+      if (differentiable || streams) {
+        const [dx, dweight] = rmsNormBackward(g, a, w, rstd, eps, streams);
+        return [dx, streams ? new VectorContribution(dweight) : reshape(dweight, w.shape)];
+      }
       const input = bare(a);
       const dy = bare(g);
       const dx = needs[0] ? emptyLike(input) : null;
@@ -114,9 +130,10 @@ export function rotaryEmbedding(x: Tensor, positions: Tensor, table: Tensor, inv
   const [rows, angles] = [bare(positions), bare(table)];
   if (out.size > 0) launch('rotary', [out, input, rows, angles], [inverse ? 1 : 0]);
   for (const t of [input, rows, angles]) t.dispose();
-  return record('rotaryEmbedding', [x], [out], [positions, table], ({ g, saved: [p, t] }) => [
-    rotaryEmbedding(g, p, t, !inverse),
-  ])[0];
+  const backward: Backward = ({ g, saved: [p, t], streams }) => [
+    rotaryEmbedding(g, streams ? streams.layout.on(g.device).positions : p, t, !inverse),
+  ];
+  return record('rotaryEmbedding', [x], [out], [positions, table], backward, true)[0];
 }
 
 /** silu(gate) * up (Shazeer 2020), any equal shapes. */
@@ -138,12 +155,9 @@ export function swiglu(gate: Tensor, up: Tensor): Tensor {
       return { output, saved: [] };
     },
     definition: (a, b) => mul(silu(a), b),
-    backward: ({ g, saved: [a, b] }) => {
-      const [x, y, dy] = [bare(a), bare(b), bare(g)];
-      const grads = [emptyLike(x), emptyLike(y)];
-      if (x.size > 0) launch('swigluBackward', [grads[0], grads[1], dy, x, y, null]);
-      return grads;
-    },
+    differentiable: true,
+    streamed: gate.ndim === 2,
+    backward: ({ g, saved: [a, b], streams }) => swigluBackward(g, a, b, streams),
   });
   return gate.ndim === 2 ? y : reshape(y, gate.shape);
 }
@@ -203,13 +217,10 @@ export function groupedQueryAttention(
       return { output, saved: [output, lse, segments] };
     },
     definition: (a, b, c) => attentionDefinition(a, b, c, layout, scale),
-    backward: ({ g, saved: [a, b, c, output, lse, packed] }) => {
-      const inputs = [a, b, c].map(rowMajor);
-      const grads = [a, b, c].map((t) => emptyLike(t, t.shape));
-      if (output.size > 0)
-        launch('attentionBackward', [...grads, bare(g), ...inputs, output, lse, packed, null, null], [scale]);
-      return grads;
-    },
+    differentiable: true,
+    streamed: true,
+    backward: ({ g, saved: [a, b, c, out, lse, packed], streams }) =>
+      attentionBackward(g, [a, b, c], { out, lse, segments: packed }, layout, scale, streams),
   });
 }
 
@@ -269,25 +280,44 @@ export function loraLinear(
     },
     definition: (xs, w, la, lb, c) =>
       loraLinearDefinition(xs, w, cast(la, xs.dtype), cast(lb, xs.dtype), scale, c ?? null),
-    backward: ({ g, saved, needs }): Cotangent[] => {
-      const [xs, w] = saved;
-      const [la, lb] = rounded(saved[2], saved[3]);
-      const low = saved[saved.length - 1];
-      const dlow = emptyLike(xs, [xs.shape[0], la.shape[0]]);
-      matmulInto(dlow, g, lb, { alpha: scale });
-      let dx: Tensor | null = null;
-      if (needs[0]) {
-        dx = emptyLike(xs);
-        matmulInto(dx, g, w);
-        matmulInto(dx, dlow, la, { accumulate: true });
-      }
-      return [
-        dx,
-        needs[1] ? new LinearContribution(xs, g) : null,
-        needs[2] ? new LinearContribution(xs, dlow) : null,
-        needs[3] ? new LinearContribution(low, g, scale) : null,
-        needs[4] ? sum(g.dtype === 'bfloat16' ? cast(g, 'float32') : g, { axes: 0 }) : null,
-      ];
-    },
+    differentiable: true,
+    streamed: true,
+    backward: (context) =>
+      context.differentiable ? composedLoraBackward(context, scale) : loraBackward(context, scale),
   });
+}
+
+function loraBackward({ g, saved, needs, streams }: BackwardContext, scale: number): Cotangent[] {
+  const [xs, w] = saved;
+  const [la, lb] = [saved[2], saved[3]].map((t) => cast(t.detach(), xs.dtype));
+  const low = saved[saved.length - 1];
+  const dlow = emptyLike(xs, [g.shape[0], la.shape[0]]);
+  matmulInto(dlow, g, lb, { alpha: scale });
+  let dx: Tensor | null = null;
+  if (needs[0]) {
+    dx = emptyLike(xs, [g.shape[0], xs.shape[1]]);
+    matmulInto(dx, g, w);
+    matmulInto(dx, dlow, la, { accumulate: true });
+  }
+  return [
+    dx,
+    needs[1] ? new LinearContribution(xs, g, 1, streams) : null,
+    needs[2] ? new LinearContribution(xs, dlow, 1, streams) : null,
+    needs[3] ? new LinearContribution(low, g, scale, streams) : null,
+    needs[4] ? biasCotangent(g, streams) : null,
+  ];
+}
+
+/** The same from differentiable ops. */
+function composedLoraBackward({ g, saved, needs, streams }: BackwardContext, scale: number): Cotangent[] {
+  const [xs, w] = saved;
+  const [la, lb] = [saved[2], saved[3]].map((t) => cast(t, xs.dtype));
+  const dlow = mul(linearBackward(g, lb), scale);
+  return [
+    needs[0] ? add(linearBackward(g, w), linearBackward(dlow, la)) : null,
+    needs[1] ? new LinearContribution(xs, g, 1, streams) : null,
+    needs[2] ? new LinearContribution(xs, dlow, 1, streams) : null,
+    needs[3] ? new LinearContribution(linear(xs, la), g, scale, streams) : null,
+    needs[4] ? biasCotangent(g, streams) : null,
+  ];
 }

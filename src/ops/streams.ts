@@ -1,0 +1,148 @@
+// SequenceStreams: where the cotangents of each sequence of a packed batch lie when they are kept apart. Rows of the packed
+// axis that several sequences share (a prompt of chosen and rejected) appear once for each of them. Immutable; uploaded once.
+import { detachFromScope } from '../tensor/scope.js';
+import type { Device, Storage } from '../tensor/storage.js';
+import { Tensor } from '../tensor/tensor.js';
+import { SegmentLayout } from './segments.js';
+
+/** Consecutive rows. */
+export interface Span {
+  readonly start: number;
+  readonly length: number;
+}
+
+/** One sequence: the segments it consists of, in order, and its targets among those of the batch. */
+export interface SequenceParts {
+  readonly segments: readonly number[];
+  readonly targets: Span;
+}
+
+/** What the ops that meet an index tensor must know of it: see `indexKind`. */
+export interface StreamIndices {
+  /** int32 `[R]`: the token ids, looked up in the embedding. */
+  readonly ids: Tensor;
+  /** int32 `[N]`: the packed row of each target, in the order of sequences: what the head's rows are gathered by. */
+  readonly targetRows: Tensor;
+}
+
+const uniform = (spans: readonly Span[], count: number): Int32Array => {
+  const out = new Int32Array(count);
+  spans.forEach((s, i) => {
+    out.fill(i, s.start, s.start + s.length);
+  });
+  return out;
+};
+
+export class SequenceStreams {
+  /** Rows of the packed axis, and of the axis on which sequences lie one after the other. */
+  readonly primalRows: number;
+  readonly rows: number;
+  /** Targets of all sequences: rows of the head. */
+  readonly targetCount: number;
+  /** Rows and targets of each sequence. */
+  readonly sequences: readonly { readonly rows: Span; readonly targets: Span }[];
+  /** The sequences as independent segments. */
+  readonly layout: SegmentLayout;
+  /** False where every packed row belongs to one sequence, in order: then cotangent rows are packed rows. */
+  readonly shares: boolean;
+  readonly device: Device;
+  /** int32 `[rows]`: the packed row of each row; null where that is the row itself. */
+  readonly rowMap: Tensor | null;
+  /** int32 `[rows]` and `[targetCount]`: the sequence of each row and of each target. */
+  readonly rowSequence: Tensor;
+  readonly targetSequence: Tensor;
+  /** int32 `[rows]` token ids, `[targetCount]` rows that predict the targets. */
+  readonly ids: Tensor;
+  readonly targetRows: Tensor;
+  private readonly known: ReadonlyMap<Storage, 'ids' | 'targetRows'>;
+  private readonly kept: Tensor[] = [];
+
+  /**
+   * @param tokens the token id of each packed row
+   * @param targetRows the packed row that predicts each target
+   * @param indices the tensors under which the forward pass looks these two up
+   */
+  constructor(
+    primal: SegmentLayout,
+    parts: readonly SequenceParts[],
+    host: { tokens: Int32Array; targetRows: Int32Array },
+    indices: StreamIndices,
+  ) {
+    const map = parts.map(({ segments }) =>
+      segments.flatMap((s) => {
+        const { start, length } = primal.segments[s];
+        return Array.from({ length }, (_, i) => start + i);
+      }),
+    );
+    let start = 0;
+    this.sequences = parts.map(({ targets }, i) => {
+      const rows = { start, length: map[i].length };
+      start += rows.length;
+      return { rows, targets };
+    });
+    const flat = Int32Array.from(map.flat());
+    this.primalRows = primal.total;
+    this.rows = flat.length;
+    this.targetCount = host.targetRows.length;
+    this.layout = SegmentLayout.sequences(map.map((rows) => rows.length));
+    this.shares = flat.length !== primal.total || flat.some((row, i) => row !== i);
+    this.device = indices.ids.device;
+    const spans = this.sequences.map((s) => s.rows);
+    this.rowMap = this.shares ? this.upload(flat) : null;
+    this.rowSequence = this.upload(uniform(spans, this.rows));
+    this.targetSequence = this.upload(
+      uniform(
+        this.sequences.map((s) => s.targets),
+        this.targetCount,
+      ),
+    );
+    this.ids = this.upload(flat.map((row) => host.tokens[row]));
+    this.targetRows = this.upload(this.targetsAmong(map, host.targetRows));
+    this.known = new Map([
+      [indices.ids.storage, 'ids'],
+      [indices.targetRows.storage, 'targetRows'],
+    ]);
+  }
+
+  /** Each target's row on the axis of sequences. */
+  private targetsAmong(map: readonly (readonly number[])[], targetRows: Int32Array): Int32Array {
+    const out = new Int32Array(targetRows.length);
+    this.sequences.forEach(({ rows, targets }, s) => {
+      const place = new Map(map[s].map((row, i) => [row, rows.start + i]));
+      for (let n = targets.start; n < targets.start + targets.length; n++) out[n] = place.get(targetRows[n])!;
+    });
+    return out;
+  }
+
+  private upload(values: Int32Array): Tensor {
+    const t = detachFromScope(Tensor.from(values, { device: this.device }));
+    this.kept.push(t);
+    return t;
+  }
+
+  /** Tensors made for these streams that live as long as they do. */
+  keep(t: Tensor): Tensor {
+    this.kept.push(detachFromScope(t));
+    return t;
+  }
+
+  /** What an index tensor of the forward pass means: token ids, or the rows of targets. */
+  indexKind(op: string, index: Tensor): 'ids' | 'targetRows' {
+    const kind = this.known.get(index.storage);
+    if (!kind)
+      throw new Error(
+        `[${op}] expected the batch's token ids or rows of targets where gradients are kept by sequence, found another index ${index.describe()}`,
+      );
+    return kind;
+  }
+
+  dispose(): void {
+    this.layout.dispose();
+    for (const t of this.kept) t.dispose();
+    this.kept.length = 0;
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+}
