@@ -35,7 +35,8 @@ function forgetForeignCache() {
   const cache = join(cmakeFolder, 'CMakeCache.txt');
   if (!existsSync(cache)) return;
   const home = /^CMAKE_HOME_DIRECTORY:INTERNAL=(.*)$/m.exec(readFileSync(cache, 'utf8'))?.[1];
-  if (!home || !existsSync(home) || realpathSync(home) !== realpathSync(source)) rmSync(cmakeFolder, { recursive: true });
+  if (!home || !existsSync(home) || realpathSync(home) !== realpathSync(source))
+    rmSync(cmakeFolder, { recursive: true });
 }
 
 /** cmake-js brings the headers of Node-API with it. */
@@ -49,7 +50,9 @@ function cmake(args) {
   const { status, error } = spawnSync('cmake', args, { cwd: root, stdio: ['ignore', 'inherit', 'inherit'] });
   if (status === 0) return;
   console.error(`build-simt: failed: cmake ${args.join(' ')}${error ? `: ${error.message}` : ''}`);
-  console.error('Expected: a C++17 compiler, cmake >= 3.18 and make or ninja (Debian: apt-get install g++ cmake make).');
+  console.error(
+    'Expected: a C++17 compiler, cmake >= 3.18 and make or ninja (Debian: apt-get install g++ cmake make).',
+  );
   process.exit(status ?? 1);
 }
 

@@ -63,6 +63,21 @@ std::string symbolAt(const char* path, uint64_t offset) {
   return "";
 }
 
+// "void f<int>(char*)" is f<int>.
+std::string withoutArguments(std::string name) {
+  if (!name.empty() && name.back() == ')') {
+    size_t at = name.size();
+    int depth = 0;
+    do {
+      at--;
+      if (name[at] == ')') depth++;
+      if (name[at] == '(') depth--;
+    } while (depth > 0 && at > 0);
+    if (at > 0) name.resize(at);
+  }
+  return name.rfind("void ", 0) == 0 ? name.substr(5) : name;
+}
+
 struct sigaction earlier[2];
 const int kSignals[2] = {SIGSEGV, SIGBUS};
 
@@ -124,8 +139,7 @@ std::string functionName(const void* address) {
   std::string name = symbolAt(info.dli_fname, static_cast<uint64_t>(static_cast<const char*>(address) -
                                                                     static_cast<const char*>(info.dli_fbase)));
   if (name.empty()) name = info.dli_sname ? demangled(info.dli_sname) : "an unknown kernel";
-  const size_t arguments = name.rfind('(');
-  return name.substr(0, arguments == 0 ? std::string::npos : arguments);
+  return withoutArguments(name);
 }
 
 void watchFaults() {
