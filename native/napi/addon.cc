@@ -292,10 +292,7 @@ napi_value downloadSync(napi_env env, Instance* self, napi_value* args) {
   double offset = number(env, args[2]);
   Bytes to = bytesOf(env, args[3]);
   requireRange(from, offset, to.count);
-  Fault fault;
-  s.download(&from, static_cast<size_t>(offset), to.data, to.count, [&fault](Fault f) { fault = std::move(f); });
-  s.synchronize();
-  if (fault) kg::fail("%s", fault->c_str());
+  if (Fault fault = s.read(&from, static_cast<size_t>(offset), to.data, to.count)) kg::fail("%s", fault->c_str());
   return nullptr;
 }
 

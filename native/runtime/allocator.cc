@@ -13,7 +13,7 @@ constexpr size_t kHugePage = 2u << 20;
 
 size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-void* acquireHost(size_t bytes) {
+void* acquireHost(void*, size_t bytes) {
   // Over-reserve by one huge page to align, then give the ends back: only aligned ranges get huge pages.
   size_t total = bytes + kHugePage;
   char* raw = static_cast<char*>(mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -28,14 +28,14 @@ void* acquireHost(size_t bytes) {
   return begin;
 }
 
-void releaseHost(void* memory, size_t bytes) { munmap(memory, bytes); }
+void releaseHost(void*, void* memory, size_t bytes) { munmap(memory, bytes); }
 
 }  // namespace
 
-MemorySource hostMemory() { return {acquireHost, releaseHost}; }
+MemorySource hostMemory() { return {acquireHost, releaseHost, nullptr}; }
 
 CachingAllocator::~CachingAllocator() {
-  for (auto& [begin, size] : segments_) source_.release(begin, size);
+  for (auto& [begin, size] : segments_) source_.release(source_.self, begin, size);
 }
 
 void* CachingAllocator::allocate(size_t bytes) {
@@ -60,9 +60,9 @@ void* CachingAllocator::allocateLarge(size_t bytes) {
   auto found = free_.lower_bound({bytes, nullptr});
   if (found == free_.end()) {
     size_t size = bytes < kSegment ? kSegment : roundUp(bytes, kHugePage);
-    char* segment = static_cast<char*>(source_.acquire(size));
+    char* segment = static_cast<char*>(source_.acquire(source_.self, size));
     if (!segment && size > roundUp(bytes, kHugePage))
-      segment = static_cast<char*>(source_.acquire(size = roundUp(bytes, kHugePage)));
+      segment = static_cast<char*>(source_.acquire(source_.self, size = roundUp(bytes, kHugePage)));
     if (!segment) return nullptr;
     reserved_ += size;
     segments_[segment] = size;
@@ -125,7 +125,7 @@ size_t CachingAllocator::trim() {
     if (block.free && block.size == size) {
       free_.erase({size, begin});
       blocks_.erase(begin);
-      source_.release(begin, size);
+      source_.release(source_.self, begin, size);
       bytes += size;
       it = segments_.erase(it);
     } else {

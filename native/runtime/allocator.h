@@ -12,10 +12,11 @@
 
 namespace kg {
 
-// Where device memory comes from. acquire returns nullptr when there is none.
+// Where device memory comes from. acquire returns nullptr when there is none; `self` is handed to both.
 struct MemorySource {
-  void* (*acquire)(size_t bytes);
-  void (*release)(void* memory, size_t bytes);
+  void* (*acquire)(void* self, size_t bytes);
+  void (*release)(void* self, void* memory, size_t bytes);
+  void* self = nullptr;
 };
 
 class CachingAllocator {

@@ -4,6 +4,9 @@
 #include <cstring>
 
 #include "cpu/cpu.h"
+#ifdef KG_CUDA
+#include "cuda/backend.h"
+#endif
 #include "runtime/error.h"
 
 namespace kg {
@@ -44,15 +47,71 @@ const KernelInfo* kernelInfos() {
   return infos.data();
 }
 
-CudaStatus cudaStatus() { return {false, "this build of keelgrad has no CUDA backend", "use --device cpu"}; }
+bool hasCuda() {
+#ifdef KG_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+CudaStatus cudaStatus() {
+#ifdef KG_CUDA
+  return cuda::status();
+#else
+  return {false,
+          "this build of keelgrad has no CUDA backend",
+          "install the CUDA compiler (nvcc) and build again, or use --device cpu",
+          {}};
+#endif
+}
+
+namespace {
+
+bool isOne(const char* variable) {
+  const char* value = getenv(variable);
+  return value && strcmp(value, "1") == 0;
+}
+
+[[noreturn]] void notAvailable(const std::string& device, const std::string& reason, const std::string& remedy) {
+  fail("device %s is not available: %s; %s", device.c_str(), reason.c_str(), remedy.c_str());
+}
+
+// "cuda" and "cuda:0" are 0; -1 for what is no CUDA device's name.
+int cudaIndex(const std::string& device) {
+  if (device == "cuda") return 0;
+  if (device.rfind("cuda:", 0) != 0 || device.size() == 5) return -1;
+  char* end;
+  const long index = strtol(device.c_str() + 5, &end, 10);
+  return *end || index < 0 || index > 255 ? -1 : static_cast<int>(index);
+}
+
+#ifdef KG_CUDA
+std::unique_ptr<Stream> makeCudaStream(const std::string& device, int index, Allocation mode) {
+  const CudaStatus status = cuda::status();
+  if (!status.available) notAvailable(device, status.reason, status.remedy);
+  if (index >= static_cast<int>(status.devices.size()))
+    notAvailable(device, "this machine has " + std::to_string(status.devices.size()) + " usable GPU(s)",
+                 "use cuda:0, or look at CUDA_VISIBLE_DEVICES");
+  const CudaDevice& found = status.devices[index];
+  if (!found.reason.empty()) notAvailable(device, found.reason, "use another device, or --device cpu");
+  return std::make_unique<Stream>(cuda::kernels(), kernelInfos(), cuda::makeQueue(index), mode);
+}
+#endif
+
+}  // namespace
 
 std::unique_ptr<Stream> makeStream(const std::string& device) {
-  if (device == "cpu") {
-    const char* guards = getenv("KEELGRAD_GUARDS");
-    return std::make_unique<Stream>(cpuKernels(), kernelInfos(), hostMemory(), guards && *guards == '1');
-  }
-  CudaStatus cuda = cudaStatus();
-  fail("device %s is not available: %s; %s", device.c_str(), cuda.reason.c_str(), cuda.remedy.c_str());
+  const Allocation mode{isOne("KEELGRAD_GUARDS"), isOne("KEELGRAD_DIRECT_ALLOCATION")};
+  if (device == "cpu") return std::make_unique<Stream>(cpuKernels(), kernelInfos(), makeHostQueue(), mode);
+  const int index = cudaIndex(device);
+  if (index < 0) fail("expected the device cpu, cuda or cuda:<number>, found %s", device.c_str());
+#ifdef KG_CUDA
+  return makeCudaStream(device, index, mode);
+#else
+  const CudaStatus cuda = cudaStatus();
+  notAvailable(device, cuda.reason, cuda.remedy);
+#endif
 }
 
 }  // namespace kg

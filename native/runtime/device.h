@@ -22,11 +22,20 @@ constexpr int kKernelCount = static_cast<int>(KernelId::count);
 const KernelTable& cpuKernels();
 std::vector<std::string> cpuFeatures();
 
+struct CudaDevice {
+  std::string name;
+  size_t memory;       // bytes
+  int capability;      // 80, 90, ...
+  std::string reason;  // why it cannot be used; empty when it can
+};
 struct CudaStatus {
   bool available;
   std::string reason, remedy;  // why not, and what to do about it
+  std::vector<CudaDevice> devices;
+  int driver = 0, runtime = 0;  // CUDA versions, 13000 for 13.0; 0: no driver, no CUDA in this build
 };
 CudaStatus cudaStatus();
+bool hasCuda();  // whether this build contains the CUDA backend
 
 // device: "cpu", "cuda:0"... Throws where the device is not available.
 std::unique_ptr<Stream> makeStream(const std::string& device);

@@ -41,12 +41,22 @@ Storage& StorageTable::newSlot(double* handle) {
   return s;
 }
 
+void* StorageTable::allocate(size_t bytes) {
+  return mode_.direct ? source_.acquire(source_.self, bytes) : allocator_.allocate(bytes);
+}
+
+void StorageTable::giveBack(void* memory, size_t bytes) {
+  if (!mode_.direct) return allocator_.release(memory, bytes);
+  hooks_.synchronize();
+  source_.release(source_.self, memory, bytes);
+}
+
 char* StorageTable::obtain(size_t bytes) {
-  size_t padded = guards_ ? bytes + 2 * kGuard : bytes;
-  void* memory = allocator_.allocate(padded);
+  size_t padded = mode_.guards ? bytes + 2 * kGuard : bytes;
+  void* memory = allocate(padded);
   if (!memory) {
     hooks_.synchronize();
-    if (allocator_.trim()) memory = allocator_.allocate(padded);
+    if (allocator_.trim()) memory = allocate(padded);
   }
   if (!memory) {
     const size_t* t = counters_.byTag;
@@ -57,7 +67,7 @@ char* StorageTable::obtain(size_t bytes) {
         bytes / mib, t[1] / mib, t[2] / mib, t[3] / mib, t[4] / mib, t[0] / mib);
   }
   char* data = static_cast<char*>(memory);
-  if (!guards_) return data;
+  if (!mode_.guards) return data;
   hooks_.filled(data, padded);
   return data + kGuard;
 }
@@ -117,11 +127,11 @@ void StorageTable::release(double handle) {
     hooks_.synchronize();  // a command in flight may still read the file
     s.mapping.reset();
   } else if (s.data) {
-    if (guards_) {
+    if (mode_.guards) {
       hooks_.check(s.data - kGuard, s.bytes + 2 * kGuard);
-      allocator_.release(s.data - kGuard, s.bytes + 2 * kGuard);
+      giveBack(s.data - kGuard, s.bytes + 2 * kGuard);
     } else {
-      allocator_.release(s.data, s.bytes);
+      giveBack(s.data, s.bytes);
     }
     counters_.allocated -= s.bytes;
     counters_.byTag[static_cast<int>(s.tag)] -= s.bytes;

@@ -33,7 +33,7 @@ struct Storage {
   Tag tag = Tag::Activation;
   bool readOnly = false;
   std::shared_ptr<Mapping> mapping;
-  // Why the contents are not valid, and of which tenant of the slot. The executor's alone.
+  // Why the contents are not valid, and of which tenant of the slot. The executor's (stream.h), not the table's.
   std::shared_ptr<const std::string> fault;
   uint32_t faultGeneration = 0;
 };
@@ -50,10 +50,16 @@ struct StreamHooks {
   virtual void synchronize() = 0;  // everything enqueued so far is done
 };
 
+// How storages get memory.
+struct Allocation {
+  bool guards = false;  // zones around each, checked when it is freed
+  bool direct = false;  // no cache: each storage is an allocation of the device's own, for memory checkers
+};
+
 class StorageTable {
  public:
-  StorageTable(MemorySource source, StreamHooks& hooks, bool guards)
-      : allocator_(source), hooks_(hooks), guards_(guards) {}
+  StorageTable(MemorySource source, StreamHooks& hooks, Allocation mode)
+      : source_(source), allocator_(source), hooks_(hooks), mode_(mode) {}
 
   // Throws Error("out of memory ...") with what is held by whom.
   double create(size_t bytes, Tag tag);
@@ -65,17 +71,20 @@ class StorageTable {
   size_t trim();
   void resetPeak() { counters_.peak = counters_.allocated; }
   const MemoryCounters& counters() const { return counters_; }
-  size_t reserved() const { return allocator_.reserved(); }
+  size_t reserved() const { return mode_.direct ? counters_.allocated : allocator_.reserved(); }
 
   static constexpr size_t kGuard = 64;  // bytes of guard zone on each side
 
  private:
   Storage& newSlot(double* handle);
   char* obtain(size_t bytes);
+  void* allocate(size_t bytes);
+  void giveBack(void* memory, size_t bytes);
 
+  MemorySource source_;
   CachingAllocator allocator_;
   StreamHooks& hooks_;
-  bool guards_;
+  Allocation mode_;
   std::deque<Storage> slots_;  // addresses are stable
   std::vector<uint32_t> freeSlots_;
   MemoryCounters counters_;

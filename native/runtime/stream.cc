@@ -1,7 +1,7 @@
 #include "runtime/stream.h"
 
-#include <sys/mman.h>
-
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 
@@ -12,9 +12,10 @@ namespace {
 
 constexpr uint64_t kRingBytes = 8u << 20;
 constexpr int kSpins = 3000;
-constexpr unsigned char kGuardByte = 0xcb;  // as float32 about -2.7e7, never a plausible value
+constexpr uint64_t kLaunchesPerCheck = 1 << 14;  // a deferred queue is asked for faults this often, read or not
+constexpr unsigned char kGuardByte = 0xcb;       // as float32 about -2.7e7, never a plausible value
 
-enum class Kind : uint32_t { Launch, Upload, Download, Fill, Check, Wrap };
+enum class Kind : uint32_t { Launch, Upload, Download, Fence, Fill, Check, Wrap };
 
 KG_INLINE void cpuRelax() {
 #if defined(__x86_64__)
@@ -26,29 +27,8 @@ size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
-// A storage as a command saw it when it was enqueued: by the time it runs, the slot may have another tenant.
-struct Stream::Owner {
-  Storage* storage;  // nullptr when absent
-  uint32_t generation;
-  bool whole;  // the command covers all of its bytes
-
-  bool valid() const { return storage != nullptr; }
-  Fault fault() const { return valid() && storage->faultGeneration == generation ? storage->fault : nullptr; }
-  void mark(Fault fault) const {
-    storage->fault = std::move(fault);
-    storage->faultGeneration = generation;
-  }
-  // After a command has written what it covers.
-  void heal() const {
-    if (whole && storage->fault && storage->faultGeneration == generation) storage->fault.reset();
-  }
-  static Owner of(Storage* storage, size_t bytes) {
-    if (!storage) return {nullptr, 0, false};
-    return {storage, storage->generation, bytes == storage->bytes};
-  }
-};
-
-// A command in the ring: this header, then (Launch) tensors, owners, attributes; (Upload) a heap block or the bytes.
+// A command in the ring: this header, then (Launch) tensors, owners, attributes; (Upload) the bytes, unless they are in
+// a heap block or a mapped file.
 struct Stream::Header {
   uint64_t bytes;
   Kind kind;
@@ -57,6 +37,7 @@ struct Stream::Header {
   Owner owner;
   char* data;
   void* host;
+  std::shared_ptr<const Mapping>* file;
   uint64_t count;
   std::function<void(Fault)>* done;
 
@@ -65,8 +46,13 @@ struct Stream::Header {
   double* attributes() { return reinterpret_cast<double*>(owners() + tensorCount); }
 };
 
-Stream::Stream(const KernelTable& kernels, const KernelInfo* infos, MemorySource source, bool guards)
-    : kernels_(kernels), infos_(infos), storages_(source, *this, guards), ring_(new char[kRingBytes]) {
+Stream::Stream(const KernelTable& kernels, const KernelInfo* infos, std::unique_ptr<DeviceQueue> queue, Allocation mode)
+    : kernels_(kernels),
+      infos_(infos),
+      queue_(std::move(queue)),
+      deferred_(queue_->deferred()),
+      storages_(queue_->memory(), *this, mode),
+      ring_(new char[kRingBytes]) {
   executor_ = std::thread([this] { executorLoop(); });
 }
 
@@ -77,7 +63,7 @@ Stream::~Stream() {
     wake_.notify_all();
   }
   executor_.join();
-  free(scratch_);
+  queue_->finish();  // nothing calls back from here on
 }
 
 Stream::Header* Stream::reserve(size_t bytes) {
@@ -136,9 +122,22 @@ void Stream::upload(Storage* to, size_t offset, const void* bytes, size_t count)
   h->owner = Owner::of(to, count);
   h->data = to->data + offset;
   h->count = count;
+  h->file = nullptr;
   h->host = inlined ? nullptr : malloc(count);
   if (!inlined && !h->host) fail("out of host memory: %zu bytes to stage an upload", count);
   memcpy(inlined ? static_cast<void*>(h + 1) : h->host, bytes, count);
+  publish(h);
+}
+
+void Stream::uploadMapped(Storage* to, size_t offset, std::shared_ptr<const Mapping> file, size_t fileOffset,
+                          size_t count) {
+  Header* h = reserve(sizeof(Header));
+  h->kind = Kind::Upload;
+  h->owner = Owner::of(to, count);
+  h->data = to->data + offset;
+  h->count = count;
+  h->host = static_cast<char*>(file->data) + fileOffset;
+  h->file = new std::shared_ptr<const Mapping>(std::move(file));
   publish(h);
 }
 
@@ -151,6 +150,17 @@ void Stream::download(Storage* from, size_t offset, void* to, size_t count, std:
   h->host = to;
   h->done = new std::function<void(Fault)>(std::move(done));
   publish(h);
+}
+
+Fault Stream::read(Storage* from, size_t offset, void* to, size_t count) {
+  std::atomic<bool> arrived{false};
+  Fault fault;
+  download(from, offset, to, count, [&](Fault f) {
+    fault = std::move(f);
+    arrived.store(true, std::memory_order_release);
+  });
+  awaitIdle([&] { return arrived.load(std::memory_order_acquire); });
+  return fault;
 }
 
 void Stream::filled(char* data, size_t bytes) {
@@ -169,19 +179,43 @@ void Stream::check(char* data, size_t bytes) {
   publish(h);
 }
 
-void Stream::synchronize() {
-  uint64_t target = written_.load(std::memory_order_relaxed);
+// Commands, when they have been executed, and reads, when they have arrived, end with wakeWaiters().
+void Stream::awaitIdle(const std::function<bool()>& done) {
   for (int spins = 0; spins < kSpins; spins++) {
-    if (consumed_.load(std::memory_order_acquire) >= target) return;
+    if (done()) return;
     cpuRelax();
   }
   std::unique_lock<std::mutex> lock(mutex_);
-  idle_.wait(lock, [&] { return consumed_.load(std::memory_order_acquire) >= target; });
+  idle_.wait(lock, done);
+}
+
+void Stream::wakeWaiters() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  idle_.notify_all();
+}
+
+void Stream::synchronize() {
+  if (!deferred_) {
+    const uint64_t target = written_.load(std::memory_order_relaxed);
+    return awaitIdle([&] { return consumed_.load(std::memory_order_acquire) >= target; });
+  }
+  std::atomic<bool> arrived{false};
+  Header* h = reserve(sizeof(Header));
+  h->kind = Kind::Fence;
+  h->done = new std::function<void(Fault)>([&](Fault) { arrived.store(true, std::memory_order_release); });
+  publish(h);
+  awaitIdle([&] { return arrived.load(std::memory_order_acquire); });
 }
 
 Fault Stream::takeFault() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return std::move(pendingFault_);
+  return std::move(pendingFault_ ? pendingFault_ : deviceFault_);
+}
+
+// Those alone that a read has brought: pending ones may be of commands that came after it.
+Fault Stream::takeDeviceFault() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::move(deviceFault_);
 }
 
 void Stream::report(Fault fault) {
@@ -189,7 +223,17 @@ void Stream::report(Fault fault) {
   if (!pendingFault_) pendingFault_ = std::move(fault);
 }
 
+void Stream::reportDeviceFault(Fault fault) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!deviceFault_) deviceFault_ = std::move(fault);
+}
+
+std::unique_lock<std::mutex> Stream::lockFaults() {
+  return deferred_ ? std::unique_lock<std::mutex>(faultMutex_) : std::unique_lock<std::mutex>();
+}
+
 void Stream::executorLoop() {
+  queue_->start([this](uint32_t ticket, const std::string& reason) { deviceFault(ticket, reason); });
   for (;;) {
     uint64_t at = consumed_.load(std::memory_order_relaxed);
     for (int spins = 0; written_.load(std::memory_order_acquire) == at && spins < kSpins; spins++) cpuRelax();
@@ -206,10 +250,7 @@ void Stream::executorLoop() {
     bool awaited = header->kind == Kind::Download;
     execute(header);
     consumed_.store(at + bytes, std::memory_order_release);
-    if (awaited || written_.load(std::memory_order_acquire) == at + bytes) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      idle_.notify_all();
-    }
+    if (awaited || written_.load(std::memory_order_acquire) == at + bytes) wakeWaiters();
   }
 }
 
@@ -221,75 +262,126 @@ void Stream::execute(Header* h) {
       if (!stop_) executeKernel(h);
       return;
     case Kind::Upload:
-      memcpy(h->data, h->host ? h->host : static_cast<void*>(h + 1), h->count);
-      free(h->host);
-      h->owner.heal();
-      return;
-    case Kind::Download: {
-      Fault earlier = takeFault();
-      Fault fault = h->owner.fault();
-      if (!fault) fault = earlier;
-      if (!fault && h->count) memcpy(h->host, h->data, h->count);
-      (*h->done)(fault);
-      delete h->done;
-      return;
-    }
+      return executeUpload(h);
+    case Kind::Download:
+    case Kind::Fence:
+      return executeDownload(h);
     case Kind::Fill:
-      memset(h->data, kGuardByte, h->count);
-      return;
+      return queue_->fill(h->data, kGuardByte, h->count);
     case Kind::Check:
-      for (size_t i = 0; i < StorageTable::kGuard; i++) {
-        unsigned char before = h->data[i], after = h->data[h->count - 1 - i];
-        if (before == kGuardByte && after == kGuardByte) continue;
-        report(std::make_shared<const std::string>("[memory] a kernel wrote outside of a buffer of " +
-                                                   std::to_string(h->count - 2 * StorageTable::kGuard) + " bytes"));
-        return;
-      }
-      return;
+      return executeCheck(h);
   }
+}
+
+void Stream::executeUpload(Header* h) {
+  Fault fault;
+  try {
+    queue_->upload(h->data, h->host ? h->host : static_cast<void*>(h + 1), h->count);
+  } catch (const std::exception& e) {
+    fault = std::make_shared<const std::string>(std::string("[upload] ") + e.what());
+    report(fault);
+  }
+  h->file ? delete h->file : free(h->host);
+  auto lock = lockFaults();
+  if (deferred_) log_.written(h->owner);
+  fault ? h->owner.mark(fault) : h->owner.heal();
+}
+
+void Stream::executeDownload(Header* h) {
+  std::shared_ptr<std::function<void(Fault)>> done(h->done);
+  if (h->kind == Kind::Fence) return fence(std::move(done));
+  Fault earlier = takeFault();
+  if (!deferred_) {
+    Fault fault = h->owner.fault();
+    if (!fault) fault = earlier;
+    return queue_->download(h->host, h->data, fault ? 0 : h->count, [&](Fault) { (*done)(fault); });
+  }
+  auto read = enterRead(h->owner);
+  queue_->download(h->host, h->data, h->count, [this, read, earlier, done](Fault failure) {
+    Fault fault = leaveRead(*read), found = takeDeviceFault();
+    for (const Fault& other : {earlier, found, failure})
+      if (!fault) fault = other;
+    (*done)(fault);
+    wakeWaiters();
+  });
+}
+
+// A deferred queue has done, and told of the faults of, everything before.
+void Stream::fence(std::shared_ptr<std::function<void(Fault)>> done) {
+  auto read = enterRead({nullptr, 0, false});
+  queue_->download(nullptr, nullptr, 0, [this, read, done](Fault failure) {
+    if (Fault fault = leaveRead(*read); !fault && failure) report(failure);
+    if (done) (*done)(nullptr);
+    wakeWaiters();
+  });
+}
+
+std::shared_ptr<FaultLog::Read> Stream::enterRead(const Owner& owner) {
+  auto lock = lockFaults();
+  return log_.read(owner);
+}
+
+Fault Stream::leaveRead(const FaultLog::Read& read) {
+  auto lock = lockFaults();
+  log_.forget(read.sequence);
+  return read.fault;
+}
+
+// On the thread of a deferred queue, before the read that brought the news is done.
+void Stream::deviceFault(uint32_t ticket, const std::string& reason) {
+  auto lock = lockFaults();
+  const char* op = log_.kernelOf(ticket);
+  auto fault = std::make_shared<const std::string>(op ? std::string("[") + op + "] " + reason : reason);
+  log_.fail(ticket, fault);
+  reportDeviceFault(fault);
+}
+
+void Stream::executeCheck(Header* h) {
+  constexpr size_t zone = StorageTable::kGuard;
+  auto zones = std::make_shared<std::array<unsigned char, 2 * zone>>();
+  const size_t inner = h->count - 2 * zone;
+  queue_->download(zones->data(), h->data, zone, [](Fault) {});
+  queue_->download(zones->data() + zone, h->data + zone + inner, zone, [this, zones, inner](Fault failure) {
+    if (failure || std::all_of(zones->begin(), zones->end(), [](unsigned char b) { return b == kGuardByte; })) return;
+    reportDeviceFault(std::make_shared<const std::string>("[memory] a kernel wrote outside of a buffer of " +
+                                                          std::to_string(inner) + " bytes"));
+  });
 }
 
 void Stream::executeKernel(Header* h) {
   const KernelInfo& info = infos_[static_cast<int>(h->kernel)];
-  const Owner* owners = h->owners();
-  Fault fault;
-  for (int i = 0; i < h->tensorCount && !fault; i++)
-    if (i >= info.outputs || (info.accumulates >> i & 1)) fault = owners[i].fault();
-  bool ran = false;
+  Fault fault = enterKernel(info, h);
   if (!fault) {
     try {
       Call call{h->tensors(), h->tensorCount, h->attributes(), h->attributeCount, this};
-      kernels_.kernels[static_cast<int>(h->kernel)](call);
-      ran = true;
+      Kernel kernel = kernels_.kernels[static_cast<int>(h->kernel)];
+      if (!kernel) fail("has no %s kernel in this build", kernels_.name);
+      return kernel(call);
     } catch (const std::exception& e) {
       fault = std::make_shared<const std::string>(std::string("[") + info.name + "] " + e.what());
       report(fault);
     }
   }
   if (info.inPlace) return;
-  for (int i = 0; i < info.outputs; i++) {
-    if (!owners[i].valid()) continue;
-    if (ran)
-      owners[i].heal();
-    else
-      owners[i].mark(fault);
-  }
+  auto lock = lockFaults();
+  for (int i = 0; i < info.outputs; i++)
+    if (h->owners()[i].valid()) h->owners()[i].mark(fault);
 }
 
-void* Stream::scratch(size_t bytes) {
-  if (bytes > scratchBytes_) {
-    free(scratch_);
-    size_t size = roundUp(bytes, 2u << 20);
-    scratch_ = aligned_alloc(2u << 20, size);
-    scratchBytes_ = scratch_ ? size : 0;
-    if (!scratch_) fail("out of host memory: %zu bytes of scratch", bytes);
-#ifdef MADV_HUGEPAGE
-    madvise(scratch_, size, MADV_HUGEPAGE);
-#endif
-  }
-  return scratch_;
+// The fault of what the kernel reads, if there is one; otherwise its outputs count as written.
+Fault Stream::enterKernel(const KernelInfo& info, Header* h) {
+  const Owner* owners = h->owners();
+  if (deferred_ && ++launches_ % kLaunchesPerCheck == 0) fence(nullptr);
+  auto lock = lockFaults();
+  if (deferred_) queue_->launching(h->kernel, log_.launched(info, owners, h->tensorCount));
+  for (int i = 0; i < h->tensorCount; i++)
+    if (info.reads(i))
+      if (Fault fault = owners[i].fault()) return fault;
+  for (int i = 0; i < info.outputs; i++)
+    if (owners[i].valid()) owners[i].heal();
+  return nullptr;
 }
 
-void* scratch(const Call& call, size_t bytes) { return call.stream->scratch(bytes); }
+void* scratch(const Call& call, size_t bytes) { return call.stream->queue().scratch(bytes); }
 
 }  // namespace kg

@@ -1,6 +1,7 @@
 // One queue of a device: commands are enqueued by one thread and run in order by another, so that JavaScript never
 // waits for arithmetic. A command that fails marks its outputs as faulty; what depends on them is skipped and marked
-// too, and the next read reports the first fault with its op's name.
+// too, and the next read reports the first fault with its op's name. What runs on a device, and how bytes get there and
+// back, is its DeviceQueue's business.
 #pragma once
 
 #include <atomic>
@@ -13,23 +14,15 @@
 #include <thread>
 #include <vector>
 
-#include "ops/backend.h"
+#include "runtime/fault_log.h"
+#include "runtime/queue.h"
 #include "runtime/storage.h"
 
 namespace kg {
 
-struct KernelInfo {
-  const char* name;
-  int outputs;           // leading tensors that are written
-  uint32_t accumulates;  // bit i: output i is read as well
-  bool inPlace;          // writes among its inputs (optimizers); skipped by a fault, it leaves them valid
-};
-
-using Fault = std::shared_ptr<const std::string>;
-
 class Stream : public StreamHooks {
  public:
-  Stream(const KernelTable& kernels, const KernelInfo* infos, MemorySource source, bool guards);
+  Stream(const KernelTable& kernels, const KernelInfo* infos, std::unique_ptr<DeviceQueue> queue, Allocation mode);
   ~Stream();  // drops what has not started, waits for what has
 
   StorageTable& storages() { return storages_; }
@@ -39,32 +32,50 @@ class Stream : public StreamHooks {
               int attributeCount);
   // Copies host bytes into a storage; the bytes are taken before this returns.
   void upload(Storage* to, size_t offset, const void* bytes, size_t count);
-  // Copies out of a storage into host memory that stays valid until `done` has been called on the executor's thread.
+  // Copies out of a storage into host memory that stays valid until `done` has been called, on a thread of the stream.
   void download(Storage* from, size_t offset, void* to, size_t count, std::function<void(Fault)> done);
-  // Blocks until everything enqueued so far has run.
+  // The same, blocking; returns the fault.
+  Fault read(Storage* from, size_t offset, void* to, size_t count);
+  // As upload, out of a mapped file, which stays mapped until it is done.
+  void uploadMapped(Storage* to, size_t offset, std::shared_ptr<const Mapping> file, size_t fileOffset, size_t count);
+  // Blocks until everything enqueued so far has run, on the device too.
   void synchronize() override;
   // Takes (and clears) the first unreported fault; null when there is none. Call after synchronize().
   Fault takeFault();
   // Runs every command before launch returns and throws its fault there.
   void setSynchronous(bool on) { synchronous_ = on; }
 
-  void* scratch(size_t bytes);  // executor's thread only
+  DeviceQueue& queue() { return *queue_; }  // for kernels, on the executor's thread
 
   void filled(char* data, size_t bytes) override;
   void check(char* data, size_t bytes) override;
 
  private:
-  struct Owner;
   struct Header;
   Header* reserve(size_t bytes);
   void publish(Header* header);
   void executorLoop();
   void execute(Header* header);
   void executeKernel(Header* header);
+  Fault enterKernel(const KernelInfo& info, Header* header);
+  void executeUpload(Header* header);
+  void executeDownload(Header* header);
+  void executeCheck(Header* header);
+  void fence(std::shared_ptr<std::function<void(Fault)>> done);
+  std::shared_ptr<FaultLog::Read> enterRead(const Owner& owner);
+  Fault leaveRead(const FaultLog::Read& read);
+  void deviceFault(uint32_t ticket, const std::string& reason);
   void report(Fault fault);
+  void reportDeviceFault(Fault fault);
+  Fault takeDeviceFault();
+  void awaitIdle(const std::function<bool()>& done);
+  void wakeWaiters();
+  std::unique_lock<std::mutex> lockFaults();
 
   const KernelTable& kernels_;
   const KernelInfo* infos_;
+  std::unique_ptr<DeviceQueue> queue_;
+  const bool deferred_;
   StorageTable storages_;
   bool synchronous_ = false;
 
@@ -74,9 +85,11 @@ class Stream : public StreamHooks {
   std::atomic<bool> sleeping_{false};
   std::mutex mutex_;
   std::condition_variable wake_, idle_;
-  Fault pendingFault_;  // guarded by mutex_
-  void* scratch_ = nullptr;
-  size_t scratchBytes_ = 0;
+  Fault pendingFault_, deviceFault_;  // of commands that were refused, found by the device; guarded by mutex_
+  // A deferred queue's thread marks storages as well as the executor's: their faults and the log are under this lock.
+  std::mutex faultMutex_;
+  FaultLog log_;
+  uint64_t launches_ = 0;
   std::thread executor_;
 };
 

@@ -1,0 +1,84 @@
+// How host halves of kernels reach their device, and what its error codes and fault slots say in words.
+#include "cuda/context.h"
+
+#include <map>
+#include <mutex>
+
+#include "cuda/queue.h"
+#include "runtime/stream.h"
+
+namespace kg::cuda {
+
+const Context& context(const Call& call) { return static_cast<Queue&>(call.stream->queue()).context(); }
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // not the next launch's
+  fail("CUDA: %s in %s", cudaGetErrorString(status), what);
+}
+
+void allowShared(const Context& on, const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  if (bytes > static_cast<size_t>(on.sharedMemoryPerBlock))
+    fail("expected at most %d bytes of shared memory a block on this GPU, found %zu", on.sharedMemoryPerBlock, bytes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& limit = allowed[{kernel, on.device}];
+  if (limit >= bytes) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "cudaFuncSetAttribute");
+  limit = bytes;
+}
+
+namespace {
+
+// The argument that holds the kernel's ids, as the CPU kernels name it.
+const char* idsOf(int32_t kernel) {
+  switch (static_cast<KernelId>(kernel)) {
+    case KernelId::rotary:
+      return "positions";
+    case KernelId::vocabHead:
+    case KernelId::vocabHeadBackward:
+      return "targetId";
+    default:
+      return "ids";
+  }
+}
+
+const char* rowsOf(int32_t kernel) {
+  const auto id = static_cast<KernelId>(kernel);
+  return id == KernelId::vocabHead || id == KernelId::vocabHeadBackward ? "targetRow" : "rowMap";
+}
+
+std::string outOfRange(const char* name, const FaultSlot& slot) {
+  return std::string("expected ") + name + "[" + std::to_string(slot.values[1]) + "] in [0, " +
+         std::to_string(slot.values[2]) + "), found " + std::to_string(slot.values[0]);
+}
+
+}  // namespace
+
+std::string faultText(const FaultSlot& slot) {
+  switch (static_cast<FaultKind>(slot.kind)) {
+    case FaultKind::IdOutOfRange:
+      return outOfRange(idsOf(slot.kernel), slot);
+    case FaultKind::RowOutOfRange:
+      return outOfRange(rowsOf(slot.kernel), slot);
+    case FaultKind::RowMapOutOfRange:
+      return outOfRange("rowMap", slot);
+    case FaultKind::ProbeOutOfRange:
+      return outOfRange("probes", slot);
+    case FaultKind::BadSegments:
+      return "expected segments that cover the rows in order, each with parent -1 or an earlier segment that has no "
+             "parent; found another at segment " +
+             std::to_string(slot.values[0]);
+    case FaultKind::ZeroDivisor:
+      return "expected int32 divisors other than 0, found 0; try dividing in float32";
+    case FaultKind::NegativeExponent:
+      return "expected int32 exponents of at least 0, found " + std::to_string(slot.values[0]) + "; try float32";
+    case FaultKind::None:
+      break;
+  }
+  return "unknown fault " + std::to_string(slot.kind);
+}
+
+}  // namespace kg::cuda

@@ -1,0 +1,76 @@
+// A CUDA stream as a device queue. The executor's thread launches kernels and copies and never waits for the device; a
+// second thread waits for events, takes downloads out of pinned memory, and reads the fault slots that came with them.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "cuda/context.h"
+#include "cuda/pinned.h"
+#include "runtime/queue.h"
+
+namespace kg::cuda {
+
+// "expected ids[3] in [0, 8), found 9": the words of the CPU kernels.
+std::string faultText(const FaultSlot& slot);
+
+class Queue final : public DeviceQueue {
+ public:
+  explicit Queue(int device);
+  ~Queue() override;
+
+  MemorySource memory() override;
+  bool deferred() const override { return true; }
+  void start(FaultHandler handler) override;
+  void launching(KernelId id, uint32_t ticket) override;
+  void upload(char* to, const void* bytes, size_t count) override;
+  void download(void* to, const char* from, size_t count, Done done) override;
+  void fill(char* data, int byte, size_t count) override;
+  void* scratch(size_t bytes) override;
+  void finish() override;
+
+  const Context& context() const { return context_; }
+
+ private:
+  // Launches take turns, so that a fault hides another only in its own turn.
+  static constexpr uint32_t kSlots = 32;
+
+  // On the completion thread; may be empty.
+  using Then = std::function<void(const char* pinned, cudaError_t)>;
+  struct Completion {
+    cudaEvent_t event;
+    cudaError_t error;  // not success: there is nothing to wait for
+    PinnedBlock block;
+    Then then;
+  };
+
+  void complete(cudaError_t error, PinnedBlock block, Then then);
+  void copyOut(void* to, const char* from, size_t count);
+  void lastCopyOut(void* to, const char* from, size_t count, std::shared_ptr<Done> done);
+  void completionLoop();
+  cudaError_t await(cudaEvent_t event) const;
+  void readFaults(const FaultSlot* slots);
+  cudaError_t takeEvent(cudaEvent_t* event);
+  void giveEvent(cudaEvent_t event);
+
+  int device_;
+  Context context_{};
+  FaultSlot* slots_ = nullptr;      // on the device
+  uint32_t reported_[kSlots] = {};  // tickets: a fault is read with every copy until its slot has been cleared
+  FaultHandler handler_;
+  void* scratch_ = nullptr;
+  size_t scratchBytes_ = 0;
+  PinnedPool pinned_;
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Completion> completions_;  // guarded by mutex_
+  std::vector<cudaEvent_t> events_;     // guarded by mutex_
+  bool stop_ = false;                   // guarded by mutex_
+  std::thread completer_;
+};
+
+}  // namespace kg::cuda
