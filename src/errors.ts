@@ -36,7 +36,19 @@ export function suggest(name: string, candidates: Iterable<string>): string | un
     const distance = editDistance(wanted, normalizeName(candidate));
     if (distance < bestDistance) [best, bestDistance] = [candidate, distance];
   }
-  return best;
+  return best ?? expand(wanted, candidates);
+}
+
+/** The shortest candidate that `name` abbreviates (`mdl` for `model`): its letters in their order, the first one first. */
+function expand(name: string, candidates: Iterable<string>): string | undefined {
+  if (name.length < 3) return undefined;
+  const isShort = (candidate: string): boolean => {
+    let at = 0;
+    for (const letter of candidate) if (letter === name[at]) at++;
+    return at === name.length && candidate[0] === name[0] && candidate.length <= 3 * name.length;
+  };
+  const found = [...candidates].filter((candidate) => isShort(normalizeName(candidate)));
+  return found.sort((a, b) => a.length - b.length)[0];
 }
 
 /** `; did you mean "x"?`, or an empty string: the tail of a message about an unknown name. */

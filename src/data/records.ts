@@ -60,6 +60,8 @@ interface ChatCompletion extends ChatContext {
   readonly completion: readonly ChatMessage[];
 }
 export type SftRecord = Located & (MaskedIds | TextCompletion | ChatCompletion);
+/** A completion labelled desirable or not. */
+export type LabelledRecord = SftRecord & { readonly desirable: boolean };
 
 type Content = string | readonly ChatMessage[];
 
@@ -312,4 +314,25 @@ export function readSftRecord(record: RawRecord): SftRecord {
   const read = forms.find(([applies]) => applies)?.[1];
   if (!read) throw reader.unknownForm(SFT_FORMS, SFT_FIELDS);
   return { ...located(record), ...read(reader) };
+}
+
+const LABELLED_FORMS =
+  'prompt, completion and label (true or false) as in the records before; or prompt_ids, completion_ids and label';
+const LABELLED_FIELDS = ['prompt', 'completion', 'label', 'prompt_ids', 'completion_ids'];
+
+/** Whether a record is a completion with a label, and no pair. */
+export function isLabelled(record: RawRecord): boolean {
+  const reader = new RecordReader(record);
+  const completes = reader.has('completion') || reader.has('completion_ids');
+  return reader.has('label') && completes && !reader.has('chosen') && !reader.has('chosen_ids');
+}
+
+/** Reads one completion with its label, as TRL's unpaired preference records have it. */
+export function readLabelledRecord(record: RawRecord): LabelledRecord {
+  const reader = new RecordReader(record);
+  if (!isLabelled(record)) throw reader.unknownForm(LABELLED_FORMS, LABELLED_FIELDS);
+  const { label } = record.value;
+  if (typeof label !== 'boolean') throw reader.expected('label', 'true or false');
+  const read = reader.has('completion_ids') ? readSplitIds : readPromptCompletion;
+  return { ...located(record), desirable: label, ...read(reader) };
 }

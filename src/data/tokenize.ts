@@ -7,7 +7,9 @@ import type { Tokenizer } from '../io/tokenizer.js';
 import { type RawRecord, readRecords, recordsFrom } from './reader.js';
 import {
   type ChatContext,
+  isLabelled,
   type PreferenceRecord,
+  readLabelledRecord,
   readPreferenceRecord,
   readSftRecord,
   type SftRecord,
@@ -39,6 +41,11 @@ export interface SftExample {
   readonly completionMask: Uint8Array;
   /** Position of the first scored token. */
   readonly promptLength: number;
+}
+
+/** One response labelled desirable or not; its prompt is `inputIds` up to `promptLength`. */
+export interface LabelledExample extends SftExample {
+  readonly desirable: boolean;
 }
 
 export interface PreparedData<Example> {
@@ -269,16 +276,25 @@ async function prepareCompletion(report: Report, record: SftRecord): Promise<Sft
   return { index: record.index, line: record.line, ...kept };
 }
 
+async function prepareLabelled(report: Report, raw: RawRecord): Promise<LabelledExample | undefined> {
+  const record = readLabelledRecord(raw);
+  const example = await prepareCompletion(report, record);
+  return example && { ...example, desirable: record.desirable };
+}
+
 /** The tokenizer works on its own threads; this many records are given to it at a time. */
 const RECORDS_AT_ONCE = 64;
+
+type Prepare<Example> = (report: Report, record: RawRecord) => Promise<Example | undefined>;
 
 async function prepareAll<Example>(
   data: string | readonly object[],
   options: PrepareOptions,
-  prepare: (report: Report, record: RawRecord) => Promise<Example | undefined>,
+  preparation: (first: RawRecord | undefined) => Prepare<Example>,
 ): Promise<PreparedData<Example>> {
   const source = typeof data === 'string' ? data : (options.source ?? 'records');
   const records = typeof data === 'string' ? await readRecords(data) : recordsFrom(data, source);
+  const prepare = preparation(records[0]);
   const report = new Report(options);
   const examples: Example[] = [];
   for (let begin = 0; begin < records.length; begin += RECORDS_AT_ONCE) {
@@ -296,18 +312,26 @@ async function prepareAll<Example>(
   );
 }
 
+const pairs: Prepare<PreferenceExample> = (report, record) => preparePair(report, readPreferenceRecord(record));
+
 /** Reads, checks and tokenizes preference records of a file (or of memory), in the order of the file. */
-export function preparePreferenceData(
+export const preparePreferenceData = (
   data: string | readonly object[],
   options: PrepareOptions,
-): Promise<PreparedData<PreferenceExample>> {
-  return prepareAll(data, options, (report, record) => preparePair(report, readPreferenceRecord(record)));
-}
+): Promise<PreparedData<PreferenceExample>> => prepareAll(data, options, () => pairs);
+
+/** The same, or labelled responses without pairs where the first record is one. */
+export const preparePairedOrLabelledData = (
+  data: string | readonly object[],
+  options: PrepareOptions,
+): Promise<PreparedData<PreferenceExample> | PreparedData<LabelledExample>> =>
+  prepareAll<PreferenceExample | LabelledExample>(data, options, (first) =>
+    first && isLabelled(first) ? prepareLabelled : pairs,
+  ) as Promise<PreparedData<PreferenceExample> | PreparedData<LabelledExample>>;
 
 /** Reads, checks and tokenizes SFT records of a file (or of memory), in the order of the file. */
-export function prepareSftData(
+export const prepareSftData = (
   data: string | readonly object[],
   options: PrepareOptions,
-): Promise<PreparedData<SftExample>> {
-  return prepareAll(data, options, (report, record) => prepareCompletion(report, readSftRecord(record)));
-}
+): Promise<PreparedData<SftExample>> =>
+  prepareAll(data, options, () => (report, record) => prepareCompletion(report, readSftRecord(record)));

@@ -31,5 +31,5 @@ export {
   regularizerValue,
   squaredGradientNorms,
 } from './regularizer.js';
-export { dftLoss, type SftReduction, sftLoss } from './sft.js';
+export { dftLoss, dynamicLogProbs, type SftReduction, sftLoss } from './sft.js';
 export { type SpoParts, type SpoWeights, spoObjective } from './spo.js';

@@ -21,11 +21,17 @@ export function sftLoss(
 }
 
 /**
- * Dynamic fine-tuning: -Σ p log p / number of scored tokens, with each token's own probability p as a constant weight, so that
- * unlikely tokens pull less. Wu et al. 2025, arXiv 2508.05629.
+ * p log p of each token, its probability p a constant weight, so that unlikely tokens pull less: what dynamic fine-tuning sums
+ * in place of log p. Wu et al. 2025, arXiv 2508.05629.
  *
  * @param logProbs token log-probabilities `[N]`
+ */
+export const dynamicLogProbs = (logProbs: Tensor): Tensor => mul(logProbs, exp(logProbs.detach()));
+
+/**
+ * Dynamic fine-tuning: -Σ p log p / number of scored tokens (see dynamicLogProbs).
+ *
  * @param options.tokens scored tokens to divide by: of the batch, or of all micro-batches of a step
  */
 export const dftLoss = (logProbs: Tensor, options: { tokens: number }): Tensor =>
-  mul(sum(mul(logProbs, exp(logProbs.detach()))), -1 / options.tokens);
+  mul(sum(dynamicLogProbs(logProbs)), -1 / options.tokens);

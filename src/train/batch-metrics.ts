@@ -112,3 +112,58 @@ export function pairMetrics(
     mean_token_accuracy: overTargets(batch, (n) => Number(s.argmax[row(n)] === batch.targetIds[n]), isChosen),
   };
 }
+
+/** A micro-batch of labelled responses on the host. */
+export interface ResponseValues {
+  packed: PackedBatch;
+  statistics: TargetStatistics;
+  policy: ArrayLike<number>;
+  reference: readonly number[];
+  desirable: readonly boolean[];
+}
+
+/**
+ * Rewards, log-probabilities and token statistics of a step of labelled responses: means over all of its desirable and of its
+ * undesirable ones, whatever the micro-batches. A kind that the step has none of is left out.
+ */
+export function labelledMetrics(parts: readonly ResponseValues[], reward: Reward): Record<string, number> {
+  const kind = (label: 'chosen' | 'rejected'): Record<string, number> => {
+    const wanted = label === 'chosen';
+    const responses = parts.flatMap((p) =>
+      p.desirable.flatMap((d, i) =>
+        d === wanted ? [{ policy: p.policy[i], reference: p.reference[i], tokens: p.packed.lengths[i] }] : [],
+      ),
+    );
+    if (responses.length === 0) return {};
+    return {
+      [`rewards/${label}`]: mean(responses.map((r) => reward(r.policy, r.reference, r.tokens))),
+      [`logps/${label}`]: mean(responses.map((r) => r.policy)),
+      [`logps/${label}_delta`]: mean(responses.map((r) => r.policy - r.reference)),
+      [`logits/${label}`]: meanOverTargets(parts, (p, n) => p.statistics.meanLogit[p.packed.targetRows[n]], wanted),
+    };
+  };
+  const both: Record<string, number> = { ...kind('chosen'), ...kind('rejected') };
+  const margin = both['rewards/chosen'] - both['rewards/rejected'];
+  const isRight = (p: ResponseValues, n: number): number =>
+    Number(p.statistics.argmax[p.packed.targetRows[n]] === p.packed.targetIds[n]);
+  return {
+    ...both,
+    ...(Number.isNaN(margin) ? {} : { 'rewards/margins': margin }),
+    entropy: meanOverTargets(parts, (p, n) => p.statistics.entropy[p.packed.targetRows[n]]),
+    ...('logps/chosen' in both && { mean_token_accuracy: meanOverTargets(parts, isRight, true) }),
+  };
+}
+
+/** The mean of `value` over the targets of all responses, or of one kind. */
+function meanOverTargets(
+  parts: readonly ResponseValues[],
+  value: (part: ResponseValues, target: number) => number,
+  desirable?: boolean,
+): number {
+  const each = parts.flatMap((p) =>
+    Array.from(p.packed.sequences, (s, n) =>
+      desirable === undefined || p.desirable[s] === desirable ? [value(p, n)] : [],
+    ).flat(),
+  );
+  return mean(each);
+}

@@ -1,6 +1,12 @@
 // Packed batches of the examples a step names, and log-probabilities of whole data sets without gradients.
-import type { PackedBatch, PairIds } from '../data/packing.js';
-import { packPairs, uploadBatch } from '../data/packing.js';
+import {
+  type PackedBatch,
+  type PairIds,
+  packPairs,
+  packSequences,
+  type SequenceIds,
+  uploadBatch,
+} from '../data/packing.js';
 import type { CausalLM } from '../models/causal-lm.js';
 import type { ModelParameters } from '../models/parameters.js';
 import { sequenceLogProbs } from '../objectives/logprobs.js';
@@ -35,31 +41,59 @@ export function scoreBatch(
   );
 }
 
-/** log π of chosen and rejected responses of `pairs`, in batches. Yields to the event loop between batches. */
+export interface ScoreOptions {
+  batchSize: number;
+  /** Weights of the scored tokens of a batch; 1 each by default. */
+  weigh?: (batch: PackedBatch) => Float64Array | null;
+  signal?: AbortSignal;
+  onBatch?: (done: number) => void;
+}
+
+/** Scores `items` in batches; hands each batch's sums to `take`. Yields to the event loop between batches. */
+async function scoreAll<T>(
+  model: CausalLM,
+  parameters: ModelParameters,
+  items: readonly T[],
+  options: ScoreOptions & { pack: (part: readonly T[]) => PackedBatch },
+  take: (sums: ArrayLike<number>, start: number, count: number) => void,
+): Promise<void> {
+  for (let start = 0; start < items.length && !options.signal?.aborted; start += options.batchSize) {
+    const part = items.slice(start, start + options.batchSize);
+    const batch = options.pack(part);
+    using _ = batch.layout;
+    using values = scoreBatch(model, parameters, batch, options.weigh?.(batch));
+    take(await values.data(), start, part.length);
+    options.onBatch?.(start + part.length);
+  }
+}
+
+/** log π of chosen and rejected responses of `pairs`. */
 export async function scorePairs(
   model: CausalLM,
   parameters: ModelParameters,
   pairs: readonly PairIds[],
-  options: {
-    batchSize: number;
-    /** Weights of the scored tokens of a batch; 1 each by default. */
-    weigh?: (batch: PackedBatch) => Float64Array | null;
-    signal?: AbortSignal;
-    onBatch?: (done: number) => void;
-  },
+  options: ScoreOptions,
 ): Promise<PairScores> {
   const scores = { chosen: new Float64Array(pairs.length), rejected: new Float64Array(pairs.length) };
-  for (let start = 0; start < pairs.length && !options.signal?.aborted; start += options.batchSize) {
-    const part = pairs.slice(start, start + options.batchSize);
-    const batch = packPairs(part);
-    using _ = batch.layout;
-    using values = scoreBatch(model, parameters, batch, options.weigh?.(batch));
-    const sums = await values.data();
-    for (let i = 0; i < part.length; i++) {
+  await scoreAll(model, parameters, pairs, { ...options, pack: packPairs }, (sums, start, count) => {
+    for (let i = 0; i < count; i++) {
       scores.chosen[start + i] = sums[i];
-      scores.rejected[start + i] = sums[part.length + i];
+      scores.rejected[start + i] = sums[count + i];
     }
-    options.onBatch?.(start + part.length);
-  }
+  });
+  return scores;
+}
+
+/** log π of the scored tokens of each sequence. */
+export async function scoreSequences(
+  model: CausalLM,
+  parameters: ModelParameters,
+  sequences: readonly SequenceIds[],
+  options: ScoreOptions,
+): Promise<Float64Array> {
+  const scores = new Float64Array(sequences.length);
+  await scoreAll(model, parameters, sequences, { ...options, pack: packSequences }, (sums, start, count) => {
+    for (let i = 0; i < count; i++) scores[start + i] = sums[i];
+  });
   return scores;
 }

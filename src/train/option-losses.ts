@@ -1,53 +1,145 @@
-// Options of preference losses: rows of the option table. Data only.
+// Options of preference losses: rows of the option table. Defaults and bounds are those of the losses themselves. Data only.
+import {
+  defaultDivergenceCoefficient,
+  defaultNllWeight,
+  fDivergences,
+  lossParameters,
+  nllReductions,
+  preferenceLossNames,
+  referenceFree,
+} from '../objectives/preference/facts.js';
 import { type Chosen, groups, type OptionSpec, preferenceMethods } from './option-spec.js';
 
+const lossesOf = (chosen: Chosen): readonly string[] => chosen.lossType as readonly string[];
+
+const row = { methods: preferenceMethods, group: groups.objective } as const;
+const parameter = { type: 'number', methods: preferenceMethods, group: groups.losses } as const;
+
 export const lossOptions = {
+  lossType: {
+    ...row,
+    type: 'strings',
+    placeholder: 'NAME[,NAME]',
+    choices: preferenceLossNames,
+    default: ['sigmoid'],
+    alsoCalled: ['loss'],
+    absent: { sft: 'its losses are --sft-loss nll and --sft-loss dft' },
+    help: 'preference loss; several make a weighted sum',
+  },
+  lossWeights: {
+    ...row,
+    type: 'numbers',
+    placeholder: 'W[,W]',
+    min: 0,
+    default: { text: '1 each', value: (chosen: Chosen) => lossesOf(chosen).map(() => 1) },
+    help: 'one weight for each loss of --loss-type',
+  },
   beta: {
+    ...row,
     type: 'number',
-    methods: preferenceMethods,
-    group: groups.objective,
     default: { dpo: 0.1, spo: 0.5 },
     above: 0,
     help: 'temperature of the preference loss',
   },
-  lossType: {
-    type: 'strings',
-    methods: ['dpo'],
-    group: groups.objective,
-    placeholder: 'NAME[,NAME]',
-    choices: ['sigmoid', 'ipo', 'robust', 'sft'],
-    default: ['sigmoid'],
-    alsoCalled: ['loss'],
-    help: 'preference loss; several make a weighted sum',
-  },
-  lossWeights: {
-    type: 'numbers',
-    methods: ['dpo'],
-    group: groups.objective,
-    placeholder: 'W[,W]',
-    min: 0,
-    default: {
-      text: '1 each',
-      value: (chosen: Chosen) => (chosen.lossType as readonly string[]).map(() => 1),
-    },
-    help: 'one weight for each loss of --loss-type',
-  },
-  labelSmoothing: {
-    type: 'number',
-    methods: ['dpo'],
-    group: groups.objective,
-    min: 0,
-    below: 0.5,
-    default: 0,
-    help: 'share of flipped labels that --loss-type robust assumes',
-  },
   reference: {
+    ...row,
     type: 'string',
-    methods: preferenceMethods,
-    group: groups.objective,
     placeholder: 'WHICH',
     choices: ['initial', 'base', 'none'],
-    default: 'initial',
+    default: {
+      text: 'initial; none with losses that have none',
+      value: (chosen: Chosen) => (referenceFree(lossesOf(chosen)) ? 'none' : 'initial'),
+    },
     help: 'initial (the policy as it starts, its adapter included), base (the model alone) or none',
+  },
+  nllWeight: {
+    ...row,
+    type: 'number',
+    min: 0,
+    default: { text: '0; 1 with cpo and orpo', value: (chosen: Chosen) => defaultNllWeight(lossesOf(chosen)) },
+    alsoCalled: ['rpo-alpha', 'cpo-alpha'],
+    help: 'weight of the NLL of chosen answers beside the loss',
+  },
+  nllReduction: {
+    ...row,
+    type: 'string',
+    placeholder: 'NAME',
+    choices: nllReductions,
+    default: 'token-mean',
+    help: 'that NLL: token-mean (over the step), sequence-mean (over tokens, then pairs) or sequence-sum',
+  },
+  ldAlpha: {
+    ...row,
+    type: 'number',
+    min: 0,
+    max: 1,
+    default: 1,
+    help: "LD-DPO: weight of tokens beyond the shorter answer's length; 1 is off",
+  },
+  wpo: {
+    ...row,
+    type: 'boolean',
+    default: false,
+    alsoCalled: ['use-weighting'],
+    help: 'WPO: weigh pairs by how likely the policy is to write them',
+  },
+
+  labelSmoothing: {
+    ...parameter,
+    ...lossParameters.labelSmoothing,
+    help: 'share of flipped labels that robust, cdpo, exo_pair, aot, simpo, cpo and their kin assume',
+  },
+  fDivergenceType: {
+    ...parameter,
+    type: 'string',
+    placeholder: 'NAME',
+    choices: fDivergences,
+    default: 'reverse_kl',
+    alsoCalled: ['f-divergence'],
+    help: 'score of an answer against the reference',
+  },
+  fAlphaDivergenceCoef: {
+    ...parameter,
+    default: defaultDivergenceCoefficient,
+    help: 'coefficient of alpha_divergence; 1 is reverse_kl',
+  },
+  discopopTau: { ...parameter, ...lossParameters.discopopTau, help: "temperature of discopop's gate" },
+  dpopLambda: {
+    ...parameter,
+    ...lossParameters.dpopLambda,
+    help: "weight of dpop's penalty on chosen answers below the reference",
+  },
+  rdpoAlpha: { ...parameter, ...lossParameters.rdpoAlpha, help: 'weight of the difference of lengths in rdpo' },
+  betaDpoAlpha: {
+    ...parameter,
+    ...lossParameters.betaDpoAlpha,
+    help: 'how far the beta of beta_dpo follows the mean margin of a step',
+  },
+  betaDpoMomentum: {
+    ...parameter,
+    ...lossParameters.betaDpoMomentum,
+    help: 'momentum of the mean margin that beta_dpo compares with',
+  },
+  simpoGamma: { ...parameter, ...lossParameters.simpoGamma, help: 'target margin of simpo and alphapo' },
+  alphapoAlpha: { ...parameter, ...lossParameters.alphapoAlpha, help: 'shape of the reward of alphapo; 0 is simpo' },
+  orpoLambda: { ...parameter, ...lossParameters.orpoLambda, help: 'weight of the odds ratio in orpo' },
+  slicDelta: { ...parameter, ...lossParameters.slicDelta, help: 'margin of slic' },
+  slicLambda: {
+    ...parameter,
+    ...lossParameters.slicLambda,
+    help: "weight of slic's regularization towards the chosen answer",
+  },
+  slicLengthNormalize: { ...parameter, type: 'boolean', default: false, help: 'slic on means over tokens, not sums' },
+  ktoDesirableWeight: {
+    ...parameter,
+    ...lossParameters.ktoDesirableWeight,
+    alsoCalled: ['desirable-weight'],
+    help: 'weight of chosen or desirable answers in kto and apo_zero_unpaired',
+  },
+  ktoUndesirableWeight: {
+    ...parameter,
+    ...lossParameters.ktoUndesirableWeight,
+    alsoCalled: ['undesirable-weight'],
+    help: 'weight of rejected or undesirable answers in kto and apo_zero_unpaired',
   },
 } as const satisfies Record<string, OptionSpec>;

@@ -12,6 +12,15 @@ export const objectiveOptions = {
     absent: { spo: 'spo always trains both levels, backbone and adapters' },
     help: 'what is trained',
   },
+  sftLoss: {
+    type: 'string',
+    methods: ['sft'],
+    group: groups.objective,
+    placeholder: 'NAME',
+    choices: ['nll', 'dft'],
+    default: 'nll',
+    help: 'nll, or dft (dynamic fine-tuning: each token weighed by its own probability)',
+  },
   sftReduction: {
     type: 'string',
     methods: ['sft', 'spo'],

@@ -2,7 +2,19 @@
 // Must never change a value: a rule accepts or refuses, with the reason and the way out.
 
 import { didYouMean, KeelgradError, show } from '../errors.js';
-import type { Chosen, Method, Value } from './option-spec.js';
+import {
+  factsOf,
+  isBatchMean,
+  type LossSetting,
+  lossParameterNames,
+  type PreferenceLossName,
+  referenceFree,
+  takesDivergence,
+  usersOf,
+} from '../objectives/preference/facts.js';
+import { type LossContext, lossConflict } from '../objectives/preference/rules.js';
+import { lossOptions } from './option-losses.js';
+import { type Chosen, type Method, preferenceMethods, type Value } from './option-spec.js';
 import type { OptionKey } from './option-table.js';
 import { linearNames } from './option-training.js';
 
@@ -29,11 +41,72 @@ interface DeadSwitch {
 
 const list = (chosen: Chosen, key: OptionKey): readonly string[] => (chosen[key] ?? []) as readonly string[];
 
-/** Losses that define label smoothing. */
-const smoothedLosses = ['robust'];
-
 const leaveOut = (naming: Naming, key: OptionKey, value: Value): string =>
   `leave it out, or use ${naming.setting(key, value)}`;
+
+const losses = (chosen: Chosen): readonly string[] => list(chosen, 'lossType');
+
+const withLosses = (naming: Naming, chosen: Chosen): string =>
+  `with ${naming.setting('lossType', chosen.lossType as Value)}`;
+
+/** A setting of some losses does nothing with others. */
+const lossSwitch = (key: LossSetting): DeadSwitch => ({
+  keys: [key],
+  dead: (chosen) => usersOf(key, losses(chosen)).length === 0,
+  because: withLosses,
+  remedy: (naming) => `use a loss that defines it: ${naming.setting('lossType', usersOf(key)[0])}`,
+  ...(lossOptions[key].default === 0 && { neutral: 0 }),
+});
+
+const lossSwitches: readonly DeadSwitch[] = [
+  ...[...lossParameterNames, 'slicLengthNormalize' as const].map(lossSwitch),
+  {
+    keys: ['beta'],
+    dead: (chosen) => losses(chosen).length > 0 && factsOf(losses(chosen)).every((facts) => facts.noBeta),
+    because: withLosses,
+    remedy: () => 'leave it out',
+  },
+  {
+    keys: ['reference'],
+    dead: (chosen) => referenceFree(losses(chosen)),
+    because: (naming, chosen) => `${withLosses(naming, chosen)}, which has no reference`,
+    remedy: () => 'leave it out',
+    neutral: 'none',
+  },
+  {
+    keys: ['fDivergenceType'],
+    dead: (chosen) => !takesDivergence(losses(chosen)),
+    because: withLosses,
+    remedy: (naming) => leaveOut(naming, 'lossType', 'sigmoid'),
+    neutral: 'reverse_kl',
+  },
+  {
+    keys: ['fAlphaDivergenceCoef'],
+    dead: (chosen) => chosen.fDivergenceType !== 'alpha_divergence',
+    because: (naming, chosen) => `with ${naming.setting('fDivergenceType', chosen.fDivergenceType as Value)}`,
+    remedy: (naming) => leaveOut(naming, 'fDivergenceType', 'alpha_divergence'),
+  },
+  {
+    keys: ['nllReduction'],
+    dead: (chosen) => chosen.nllWeight === 0,
+    because: (naming) => `with ${naming.setting('nllWeight', 0)}`,
+    remedy: (naming) => `leave it out, or give ${naming.option('nllWeight')}`,
+    neutral: 'token-mean',
+  },
+  {
+    keys: ['ldAlpha'],
+    dead: (chosen) => factsOf(losses(chosen)).every(isBatchMean),
+    because: (naming, chosen) => `${withLosses(naming, chosen)}, which is no loss of pairs`,
+    remedy: () => 'leave it out',
+    neutral: 1,
+  },
+  {
+    keys: ['lossWeights'],
+    dead: (chosen) => losses(chosen).length < 2,
+    because: () => 'with a single loss',
+    remedy: (naming) => `leave it out, or name several: ${naming.setting('lossType', 'sigmoid,sft')}`,
+  },
+];
 
 const deadSwitches: readonly DeadSwitch[] = [
   {
@@ -61,19 +134,7 @@ const deadSwitches: readonly DeadSwitch[] = [
     because: (naming) => `with ${naming.setting('train', 'full')}, which trains and saves the backbone alone`,
     remedy: (naming) => `merge it into the model first, or use ${naming.setting('train', 'both')}`,
   },
-  {
-    keys: ['labelSmoothing'],
-    dead: (chosen) => !list(chosen, 'lossType').some((name) => smoothedLosses.includes(name)),
-    because: (naming, chosen) => `with ${naming.setting('lossType', chosen.lossType as Value)}`,
-    remedy: (naming) => `use a loss that defines it: ${naming.setting('lossType', smoothedLosses[0])}`,
-    neutral: 0,
-  },
-  {
-    keys: ['lossWeights'],
-    dead: (chosen) => list(chosen, 'lossType').length < 2,
-    because: () => 'with a single loss',
-    remedy: (naming) => `leave it out, or name several: ${naming.setting('lossType', 'sigmoid,sft')}`,
-  },
+  ...lossSwitches,
   {
     keys: ['momentum'],
     dead: (chosen) => chosen.optimizer === 'adamw',
@@ -166,7 +227,7 @@ function refuseDeadSwitches({ method, chosen, isGiven, naming }: RuleContext): v
 }
 
 function checkLosses({ chosen, naming }: RuleContext): void {
-  const names = list(chosen, 'lossType');
+  const names = losses(chosen);
   const weights = (chosen.lossWeights ?? []) as readonly number[];
   const repeated = names.find((name, i) => names.indexOf(name) !== i);
   if (repeated !== undefined) {
@@ -182,6 +243,23 @@ function checkLosses({ chosen, naming }: RuleContext): void {
       `${naming.option('lossWeights')}: expected at least one weight above 0, found ${show(weights)}`,
     );
   }
+}
+
+/** Losses that lack what they need, or that cannot be had together. */
+function checkLossInputs({ method, chosen, naming }: RuleContext): void {
+  if (!preferenceMethods.some((one) => one === method)) return;
+  const context: LossContext = {
+    names: losses(chosen) as readonly PreferenceLossName[],
+    labelSmoothing: chosen.labelSmoothing as number,
+    fDivergenceType: chosen.fDivergenceType as string,
+    nllWeight: chosen.nllWeight as number,
+    hasReference: chosen.reference !== 'none',
+    referenceRemedy: leaveOut(naming, 'reference', 'initial'),
+    batchSize: (chosen.batchSize as number) * (chosen.gradientAccumulationSteps as number),
+    weighted: chosen.wpo === true,
+  };
+  const conflict = lossConflict(context, naming);
+  if (conflict !== undefined) throw new KeelgradError(`${naming.option('lossType')}: ${conflict}`);
 }
 
 /** Names and full module paths both end in one of the seven; whether a path exists is the model's to say. */
@@ -207,5 +285,6 @@ function checkLoraTargets({ chosen, naming }: RuleContext): void {
 export function checkRules(context: RuleContext): void {
   refuseDeadSwitches(context);
   checkLosses(context);
+  checkLossInputs(context);
   checkLoraTargets(context);
 }

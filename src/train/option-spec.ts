@@ -62,6 +62,7 @@ export const modelMethods = ['sft', 'dpo', 'spo', 'score'] as const;
 export const groups = {
   files: 'Model and data',
   objective: 'Objective',
+  losses: 'Parameters of losses',
   lora: 'Adapter (LoRA)',
   optimizer: 'Optimizer',
   batches: 'Steps and batches',

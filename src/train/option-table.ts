@@ -10,8 +10,8 @@ import { batchOptions, loraOptions, optimizerOptions } from './option-training.j
 export const optionTable = {
   ...fileOptions,
   ...objectiveOptions,
-  ...lossOptions,
   ...spoOptions,
+  ...lossOptions,
   ...loraOptions,
   ...optimizerOptions,
   ...batchOptions,

@@ -8,7 +8,6 @@ import { factsOf } from '../objectives/preference/facts.js';
 import {
   completeParameters,
   implicitReward,
-  ktoKl,
   nextBetaDpoMean,
   type PairLogProbs,
   type PreferenceLossOptions,
@@ -19,11 +18,10 @@ import { add, mul } from '../ops/elementwise.js';
 import type { HeadStatistics } from '../ops/head.js';
 import { concat, onesLike, slice } from '../ops/movement.js';
 import { sum } from '../ops/reduce.js';
-import { accumulationDType } from '../tensor/dtype.js';
 import { owned, scope } from '../tensor/scope.js';
 import { Tensor } from '../tensor/tensor.js';
 import { quiet } from './batch-metrics.js';
-import { scoreBatch } from './batch-source.js';
+import { klEstimate } from './mismatch.js';
 import {
   type PairOutputs,
   type PreferenceBatch,
@@ -169,23 +167,14 @@ export class PreferenceObjective {
     return indices.reduce((n, i) => n + scoredTokens(this.examples[i]), 0);
   }
 
-  /** The KL estimate of KTO over all of the step's mismatched prompts and responses, a scalar. */
+  /** Over both responses of every mismatched pair of the step. */
   private klEstimate(microBatches: readonly (readonly number[])[]): Tensor {
-    const { model } = this;
     const { pairs, chosen, rejected } = this.reference!.mismatched!;
-    return scope(() => {
-      const policy = microBatches.map((indices) => {
-        const packed = packPairs(indices.map((i) => pairs[i]));
-        using _ = packed.layout;
-        using sums = scoreBatch(model, model.parameters, packed);
-        return sums.alias();
-      });
-      const reference = microBatches.flatMap((indices) =>
-        [chosen, rejected].flatMap((table) => indices.map((i) => table[i])),
-      );
-      const dtype = accumulationDType(model.dtype);
-      return ktoKl(concat(policy), Tensor.from(Float64Array.from(reference), { dtype, device: model.device }));
-    });
+    const pack = microBatches.map((indices) => () => packPairs(indices.map((i) => pairs[i])));
+    const reference = microBatches.flatMap((indices) =>
+      [chosen, rejected].flatMap((table) => indices.map((i) => table[i])),
+    );
+    return klEstimate(this.model, pack, reference);
   }
 
   /**

@@ -16,7 +16,7 @@ export async function scoreFile(options: ResolvedScoreOptions, hooks: ScoreHooks
   const notes: string[] = []; // said once the inputs are known good: bad input gets one message
   const device = resolveDevice(options.device, (text) => notes.push(text));
   const config = await readModelConfig(join(options.model, 'config.json'));
-  const data = await openData({ ...options, method: 'dpo' } as Parameters<typeof openData>[0], config.vocabSize, hooks);
+  const data = await openData(options, config.vocabSize, hooks);
   const examples = data.examples as readonly PreferenceExample[];
   using model = await loadModel(options.model, { dtype: options.dtype, device, adapter: options.adapter });
   for (const note of notes) hooks.onMessage?.(note);

@@ -1,23 +1,18 @@
 // A training session: model, data and options put together into steps. Files and progress are its callers' business.
 import { planSteps as planData, type StepPlan } from '../data/batches.js';
-import type { PreferenceExample, PreparedData, SftExample } from '../data/tokenize.js';
 import { KeelgradError } from '../errors.js';
 import type { CausalLM } from '../models/causal-lm.js';
 import { countParameters } from '../models/parameters.js';
 import { Optimizer, type OptimizerOptions } from '../optim/optimizer.js';
 import type { Tensor } from '../tensor/tensor.js';
-import { DpoTask } from './dpo-task.js';
+import { watchDisplacement } from './displacement.js';
 import type { RunStep, TrainHooks } from './hooks.js';
 import { train } from './loop.js';
-import { spoNotices } from './notices.js';
+import { prepareTask, type SessionData } from './make-task.js';
 import { planSteps, type ResolvedTrainOptions, type SftOptions } from './options.js';
-import { type ReferenceLogProbs, referenceLogProbs } from './reference.js';
-import { SftTask } from './sft-task.js';
-import { SpoTask } from './spo-task.js';
-import { type GroupName, parametersOf, type Task, Trainable } from './task.js';
+import { type GroupName, parametersOf, Trainable } from './task.js';
 
-/** What a method trains on. */
-export type SessionData = PreparedData<SftExample> | PreparedData<PreferenceExample>;
+export type { SessionData } from './make-task.js';
 
 export interface Session {
   readonly plan: StepPlan;
@@ -67,26 +62,6 @@ function learningRates(options: ResolvedTrainOptions): Record<GroupName, number>
   return { backbone: options.learningRate, adapters: options.learningRate };
 }
 
-function makeTask(
-  options: ResolvedTrainOptions,
-  trainable: Trainable,
-  data: SessionData,
-  reference: ReferenceLogProbs | null,
-  masters: () => ReadonlyMap<string, Tensor>,
-): Task {
-  switch (options.method) {
-    case 'sft': {
-      const dropout = trainable.groups.includes('adapters') ? (trainable.model.lora?.config.dropout ?? 0) : 0;
-      const settings = { reduction: options.sftReduction, dropout, seed: options.seed };
-      return new SftTask(trainable, data.examples as readonly SftExample[], settings);
-    }
-    case 'dpo':
-      return new DpoTask(trainable, data.examples as readonly PreferenceExample[], reference, options);
-    case 'spo':
-      return new SpoTask(trainable, data.examples as readonly PreferenceExample[], reference, options, masters);
-  }
-}
-
 /**
  * Puts a session together; computes reference log-probabilities. The model's parameters are trained in place.
  *
@@ -106,22 +81,10 @@ export async function openSession(
   if (groups.includes('adapters') && !model.lora)
     throw new KeelgradError('the model has no adapters to train; load it with lora, or train the full model');
   const { plan, warmupSteps } = stepPlan(options, data.examples.length);
-  const reference =
-    options.method === 'sft'
-      ? null
-      : await referenceLogProbs(model, data.examples as readonly PreferenceExample[], {
-          kind: options.reference,
-          visited: plan.visited(),
-          batchSize: options.batchSize,
-          signal: hooks.signal,
-          onProgress: (done, total) => hooks.onPhase?.('reference log-probabilities', done, total),
-        });
-  if (options.method === 'spo')
-    for (const text of spoNotices(model, data.examples as readonly PreferenceExample[], options))
-      hooks.onMessage?.(text);
+  const makeTask = await prepareTask({ model, data, options, visited: plan.visited(), hooks });
   const trainable = new Trainable(model, groups);
   const optimizer = makeOptimizer(trainable, options);
-  const task = makeTask(options, trainable, data, reference, () => optimizer.masters('backbone'));
+  const task = makeTask(trainable, () => optimizer.masters('backbone'));
   const loop = {
     plan,
     optimizer,
@@ -135,7 +98,7 @@ export async function openSession(
     plan,
     groups,
     trainableParameters: groups.reduce((n, g) => n + countParameters(parametersOf(model, g)), 0),
-    steps: () => train(task, loop),
+    steps: () => (options.method === 'dpo' ? watchDisplacement(train(task, loop), hooks.onMessage) : train(task, loop)),
     masters: (group) => optimizer.masters(group),
     dispose: () => {
       optimizer.dispose();

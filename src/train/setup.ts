@@ -1,7 +1,12 @@
 // From options to a loaded model and prepared data: what every command does first.
 
 import { join } from 'node:path';
-import { preparePreferenceData, prepareSftData } from '../data/tokenize.js';
+import {
+  type PrepareOptions,
+  preparePairedOrLabelledData,
+  preparePreferenceData,
+  prepareSftData,
+} from '../data/tokenize.js';
 import { KeelgradError } from '../errors.js';
 import { type LoadOptions, loadModel } from '../io/model-folder.js';
 import { resolveTargetModules } from '../io/peft.js';
@@ -12,7 +17,7 @@ import { linearModules } from '../models/parameters.js';
 import { runtimeInfo, setThreads } from '../native/info.js';
 import type { Device } from '../tensor/storage.js';
 import type { TrainHooks } from './hooks.js';
-import type { ResolvedTrainOptions } from './options.js';
+import type { ResolvedScoreOptions, ResolvedTrainOptions, TrainMethod } from './options.js';
 import type { SessionData } from './session.js';
 
 /** The device that `auto`, `cpu` or `cuda` means here; says so once where `auto` falls back. */
@@ -61,18 +66,34 @@ export async function checkTargets(options: ResolvedTrainOptions): Promise<void>
   resolveTargetModules(targets!, [...linearModules(config).keys()], { source: '--lora-targets' });
 }
 
-/** Reads and tokenizes the records of a data file for a method. */
-export async function openData(
-  options: Pick<ResolvedTrainOptions, 'method' | 'model' | 'data' | 'maxLength'>,
-  vocabSize: number,
+/** How records are read for a method: labelled responses without pairs are some losses' of the preference methods. */
+const preparations: Readonly<
+  Record<TrainMethod | 'score', (data: string | readonly object[], options: PrepareOptions) => Promise<SessionData>>
+> = {
+  sft: prepareSftData,
+  dpo: preparePairedOrLabelledData,
+  spo: preparePairedOrLabelledData,
+  score: preparePreferenceData,
+};
+
+/** Reads and tokenizes records for a method; reports what was dropped or cut. */
+export async function prepareRecords(
+  method: TrainMethod | 'score',
+  data: string | readonly object[],
+  options: PrepareOptions,
   hooks: Pick<TrainHooks, 'onMessage'>,
 ): Promise<SessionData> {
-  const prepare = options.method === 'sft' ? prepareSftData : preparePreferenceData;
-  const data: SessionData = await prepare(options.data, {
-    tokenizer: () => loadTokenizer(options.model),
-    maxLength: options.maxLength,
-    vocabSize,
-  });
-  for (const warning of data.warnings) hooks.onMessage?.(warning);
-  return data;
+  const prepared = await preparations[method](data, options);
+  for (const warning of prepared.warnings) hooks.onMessage?.(warning);
+  return prepared;
 }
+
+/** The records of a data file for a command. */
+export const openData = (
+  options: Pick<ResolvedTrainOptions | ResolvedScoreOptions, 'method' | 'model' | 'data' | 'maxLength'>,
+  vocabSize: number,
+  hooks: Pick<TrainHooks, 'onMessage'>,
+): Promise<SessionData> => {
+  const { method, model, data, maxLength } = options;
+  return prepareRecords(method, data, { tokenizer: () => loadTokenizer(model), maxLength, vocabSize }, hooks);
+};

@@ -3,7 +3,7 @@ import { differentiate } from '../autograd/tape.js';
 import { type PackedBatch, packSequences, uploadBatch } from '../data/packing.js';
 import type { SftExample } from '../data/tokenize.js';
 import { sequenceLogProbs } from '../objectives/logprobs.js';
-import { type SftReduction, sftLoss } from '../objectives/sft.js';
+import { dynamicLogProbs, type SftReduction, sftLoss } from '../objectives/sft.js';
 import { onesLike } from '../ops/movement.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { scope } from '../tensor/scope.js';
@@ -11,7 +11,16 @@ import type { Tensor } from '../tensor/tensor.js';
 import { averageMetrics, readStatistics, sequenceMetrics, type TargetStatistics, total } from './batch-metrics.js';
 import { replaceGroups, type StepInput, type StepMeasurement, type Task, type Trainable, tensorsOf } from './task.js';
 
+/** name → what is summed over tokens. */
+const sftLosses = {
+  /** log p. */
+  nll: (logProbs: Tensor): Tensor => logProbs,
+  /** Dynamic fine-tuning. */
+  dft: dynamicLogProbs,
+} as const;
+
 export interface SftTaskOptions {
+  loss: keyof typeof sftLosses;
   reduction: SftReduction;
   /** Dropout rate of the adapters' input; 0 is off. */
   dropout: number;
@@ -65,7 +74,7 @@ export class SftTask implements Task {
     seed: number,
   ): { loss: Tensor; statistics: Promise<TargetStatistics> } {
     const { model, groups, gradients } = this.trainable;
-    const { reduction, dropout: rate } = this.options;
+    const { loss, reduction, dropout: rate } = this.options;
     using layout = batch.layout;
     const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
     const { result } = differentiate(
@@ -74,7 +83,7 @@ export class SftTask implements Task {
         const p = replaceGroups(model.parameters, groups, tracked);
         const options = { dropout: { rate, seed }, statistics: true };
         const out = model.logProbs(p, tensors.ids, layout, tensors.targets, options);
-        const sums = sequenceLogProbs(out.logProbs, tensors.sequences, batch.lengths.length);
+        const sums = sequenceLogProbs(sftLosses[loss](out.logProbs), tensors.sequences, batch.lengths.length);
         return { loss: sftLoss(sums, { reduction, ...totals }), statistics: out.statistics! };
       },
       ({ loss }) => [{ tensor: loss, cotangent: onesLike(loss) }],

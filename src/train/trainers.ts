@@ -5,23 +5,27 @@ import type { Tokenizer } from '../io/tokenizer.js';
 import type { CausalLM } from '../models/causal-lm.js';
 import type { RunStep, TrainHooks } from './hooks.js';
 import type { GivenOptions, ResolvedTrainOptions, TrainMethod } from './options.js';
-import type { SessionData } from './session.js';
 
-type FileOptions =
-  | 'model'
-  | 'data'
-  | 'output'
-  | 'overwrite'
-  | 'config'
-  | 'adapter'
-  | 'saveDtype'
-  | 'device'
-  | 'dtype'
-  | 'threads';
-type LoraOptions = 'loraR' | 'loraAlpha' | 'loraDropout' | 'loraTargets' | 'rslora';
+/** Options of the commands that a library call has no part for, with what to do instead. */
+const notHere = {
+  model: 'pass the loaded model as the first argument',
+  data: 'pass a file or records as the second argument',
+  output: 'save with saveModel and saveAdapter',
+  overwrite: 'save with saveModel and saveAdapter',
+  saveDtype: 'save with saveModel and saveAdapter',
+  adapter: 'load the model with loadModel(folder, { adapter })',
+  device: 'load the model with loadModel(folder, { device })',
+  dtype: 'load the model with loadModel(folder, { dtype })',
+  threads: 'call setThreads',
+  loraR: 'load the model with loadModel(folder, { lora: { r } })',
+  loraAlpha: 'load the model with loadModel(folder, { lora: { alpha } })',
+  loraDropout: 'load the model with loadModel(folder, { lora: { dropout } })',
+  loraTargets: 'load the model with loadModel(folder, { lora: { targets } })',
+  rslora: 'load the model with loadModel(folder, { lora: { rslora } })',
+} as const;
 
 /** Options of a trainer: those of the command, in camelCase, less what belongs to files and to the loaded model. */
-export type TrainerOptions<M extends TrainMethod> = Omit<GivenOptions<M>, FileOptions | LoraOptions> & {
+export type TrainerOptions<M extends TrainMethod> = Omit<GivenOptions<M>, keyof typeof notHere> & {
   /** For records that are not token ids already. */
   tokenizer?: Tokenizer;
   hooks?: Pick<TrainHooks, 'signal' | 'onPhase' | 'onMessage'>;
@@ -30,13 +34,19 @@ export type TrainerOptions<M extends TrainMethod> = Omit<GivenOptions<M>, FileOp
 /** A data file (JSON lines or an array), or records in the same form. */
 export type TrainerData = string | readonly object[];
 
+function refuseFileOptions(method: TrainMethod, given: Readonly<Record<string, unknown>>): void {
+  const key = Object.keys(given).find((one): one is keyof typeof notHere => Object.hasOwn(notHere, one));
+  if (key) throw new KeelgradError(`${key} is an option of the command alone, not of ${method}(); ${notHere[key]}`);
+}
+
 async function resolve<M extends TrainMethod>(
   method: M,
   model: CausalLM,
   options: TrainerOptions<M>,
 ): Promise<ResolvedTrainOptions> {
-  const { libraryNaming, resolveOptions } = await import('./options.js');
+  const { libraryNaming, normalizeKeys, resolveOptions } = await import('./options.js');
   const { tokenizer: _, hooks: __, lower, ...given } = options as TrainerOptions<'spo'>;
+  refuseFileOptions(method, normalizeKeys(method, given));
   const flat = {
     ...given,
     ...(lower?.steps !== undefined && { lowerSteps: lower.steps }),
@@ -55,21 +65,16 @@ async function* run<M extends TrainMethod>(
   data: TrainerData,
   options: TrainerOptions<M>,
 ): AsyncGenerator<RunStep, void, void> {
-  const { preparePreferenceData, prepareSftData } = await import('../data/tokenize.js');
-  const { openSession } = await import('./session.js');
+  const [{ prepareRecords }, { openSession }] = await Promise.all([import('./setup.js'), import('./session.js')]);
   const resolved = await resolve(method, model, options);
-  const prepare = method === 'sft' ? prepareSftData : preparePreferenceData;
-  const prepared: SessionData = await prepare(data, {
-    tokenizer: async () => {
-      if (options.tokenizer) return options.tokenizer;
-      throw new KeelgradError(
-        `[${method}] expected a tokenizer for text records; pass { tokenizer: await loadTokenizer(folder) }`,
-      );
-    },
-    maxLength: resolved.maxLength,
-    vocabSize: model.config.vocabSize,
-  });
-  for (const warning of prepared.warnings) options.hooks?.onMessage?.(warning);
+  const tokenizer = async (): Promise<Tokenizer> => {
+    if (options.tokenizer) return options.tokenizer;
+    throw new KeelgradError(
+      `[${method}] expected a tokenizer for text records; pass { tokenizer: await loadTokenizer(folder) }`,
+    );
+  };
+  const reading = { tokenizer, maxLength: resolved.maxLength, vocabSize: model.config.vocabSize };
+  const prepared = await prepareRecords(method, data, reading, options.hooks ?? {});
   const session = await openSession(model, prepared, resolved, options.hooks);
   try {
     yield* session.steps();
@@ -88,7 +93,7 @@ export const sft = (
   options: TrainerOptions<'sft'> = {},
 ): AsyncGenerator<RunStep, void, void> => run('sft', model, data, options);
 
-/** Direct Preference Optimization (Rafailov et al. 2023) and its kin: see `sft` and `preferenceLosses`. */
+/** Direct Preference Optimization (Rafailov et al. 2023) and its kin, by `lossType`: see `sft` and `preferenceLosses`. */
 export const dpo = (
   model: CausalLM,
   data: TrainerData,

@@ -118,7 +118,8 @@ describe('help', () => {
     expect(code).toBe(0);
     expect(out).toMatch(/--lower-learning-rate X +step size of the lower level \(default 2e-5\)/);
     expect(out).toMatch(/--beta X +.*\(default 0\.5\)/);
-    expect(out).not.toContain('--loss-weights');
+    expect(out).toMatch(/--loss-type NAME\[,NAME\] +preference loss.*sigmoid \| hinge/s);
+    expect(out).not.toContain('--sft-loss');
     expect(Math.max(...out.split('\n').map((line) => line.length))).toBeLessThanOrEqual(100);
   });
 
@@ -133,6 +134,8 @@ describe('errors', () => {
     [['spo', '--lamda=1'], '--lamda is no option of keelgrad spo; did you mean --lambda?'],
     [['spo', '--max_length', '1'], '--max_length is no option of keelgrad spo; did you mean --max-length?'],
     [['sft', '--shuffle'], '--shuffle is no option of keelgrad sft; did you mean --no-shuffle?'],
+    [['spo', '--mdl', 'x'], '--mdl is no option of keelgrad spo; did you mean --model?'],
+    [['sft', '--loss-type', 'dft'], 'not of keelgrad sft: its losses are --sft-loss nll and --sft-loss dft'],
     [['sft', '--confg', 'x'], '--confg is no option of keelgrad sft; did you mean --config?'],
     [['dpo', '--gamma', '1'], '--gamma is an option of keelgrad spo, not of keelgrad dpo; see keelgrad dpo --help'],
     [

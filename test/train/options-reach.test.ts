@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto';
 import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { beforeAll, describe, expect, it } from 'vitest';
+import { preferenceLossNames } from '../../src/objectives/preference/facts.js';
 import { type OptionKey, optionsOf, type TrainMethod } from '../../src/train/options.js';
 import { makeModelFolder } from '../fixtures/make.js';
 import { fixtureCompletions, fixturePairs, type Given, temporaryFolder, train } from './support.js';
@@ -35,7 +36,8 @@ function savedBytes(output: string): string {
 }
 
 async function fingerprint(method: TrainMethod, given: Given): Promise<string> {
-  const data = folder.write(`${method}.json`, method === 'sft' ? fixtureCompletions(7) : fixturePairs(7));
+  const offset = fixturePairs(7).map((pair, i) => ({ ...pair, offset: i / 4 }));
+  const data = folder.write(`${method}.json`, method === 'sft' ? fixtureCompletions(7) : offset);
   return savedBytes((await train(method, { model, data, ...given })).result.output);
 }
 
@@ -83,8 +85,65 @@ const common: readonly Change[] = [
   { option: 'adapter', change: () => ({ adapter }) },
 ];
 
+/** A setting of one loss. */
+const ofLoss = (loss: string, option: OptionKey, given: Given, more: Given = {}): Change => ({
+  option,
+  beside: () => ({ 'loss-type': loss, ...more }),
+  change: () => given,
+});
+
+/** Every loss but the default; some need a setting to differ from sigmoid. */
+const lossTypes: readonly Given[] = preferenceLossNames
+  .filter((name) => name !== 'sigmoid')
+  .map((name) => ({
+    'loss-type': name,
+    ...(['robust', 'cdpo', 'exo_pair'].includes(name) && { 'label-smoothing': 0.2 }),
+    // It is sigmoid as long as no chosen response is below the reference, and as long as the mean margin is 0.
+    ...(name === 'dpop' && { 'max-steps': 5 }),
+  }));
+
 const preference: readonly Change[] = [
   { option: 'beta', change: () => ({ beta: 0.9 }) },
+  ...[...lossTypes, { 'loss-type': 'sigmoid,sft' }, { 'loss-type': 'sigmoid,bco_pair' }].map((given) => ({
+    option: 'lossType' as const,
+    change: () => given,
+  })),
+  ofLoss('sigmoid,sft', 'lossWeights', { 'loss-weights': '1,0.1' }),
+  { option: 'nllWeight', change: () => ({ 'nll-weight': 0.5 }) },
+  ofLoss('cpo', 'nllWeight', { 'nll-weight': 0 }),
+  ...['sequence-mean', 'sequence-sum'].map((nll) =>
+    ofLoss('sigmoid', 'nllReduction', { 'nll-reduction': nll }, { 'nll-weight': 0.5 }),
+  ),
+  { option: 'ldAlpha', change: () => ({ 'ld-alpha': 0.3 }) },
+  { option: 'wpo', change: () => ({ wpo: true }) },
+  ...['robust', 'cdpo', 'aot', 'aot_unpaired', 'simpo', 'alphapo', 'cpo'].map((loss) =>
+    ofLoss(loss, 'labelSmoothing', { 'label-smoothing': 0.3 }),
+  ),
+  ofLoss('exo_pair', 'labelSmoothing', { 'label-smoothing': 0.3 }, { 'label-smoothing': 0.1 }),
+  ...['forward_kl', 'js_divergence', 'alpha_divergence'].map((score) =>
+    ofLoss('sigmoid', 'fDivergenceType', { 'f-divergence-type': score }),
+  ),
+  ofLoss(
+    'sigmoid',
+    'fAlphaDivergenceCoef',
+    { 'f-alpha-divergence-coef': -0.5 },
+    { 'f-divergence-type': 'alpha_divergence' },
+  ),
+  ofLoss('discopop', 'discopopTau', { 'discopop-tau': 0.5 }),
+  ofLoss('dpop', 'dpopLambda', { 'dpop-lambda': 5 }, { 'max-steps': 5 }),
+  ofLoss('rdpo', 'rdpoAlpha', { 'rdpo-alpha': 0.3 }),
+  ofLoss('beta_dpo', 'betaDpoAlpha', { 'beta-dpo-alpha': 0.1 }),
+  ofLoss('beta_dpo', 'betaDpoMomentum', { 'beta-dpo-momentum': 0.1 }, { 'max-steps': 5 }),
+  ...['simpo', 'alphapo'].map((loss) => ofLoss(loss, 'simpoGamma', { 'simpo-gamma': 1.5 })),
+  ofLoss('alphapo', 'alphapoAlpha', { 'alphapo-alpha': -0.5 }),
+  ofLoss('orpo', 'orpoLambda', { 'orpo-lambda': 2 }),
+  ofLoss('slic', 'slicDelta', { 'slic-delta': 50 }),
+  ofLoss('slic', 'slicLambda', { 'slic-lambda': 2 }),
+  ofLoss('slic', 'slicLengthNormalize', { 'slic-length-normalize': true }),
+  ...['kto', 'apo_zero_unpaired'].flatMap((loss) => [
+    ofLoss(loss, 'ktoDesirableWeight', { 'kto-desirable-weight': 2 }),
+    ofLoss(loss, 'ktoUndesirableWeight', { 'kto-undesirable-weight': 2 }),
+  ]),
   { option: 'reference', change: () => ({ reference: 'none' }) },
   { option: 'reference', beside: () => ({ adapter }), change: () => ({ reference: 'base' }) },
 ];
@@ -94,6 +153,7 @@ const changes: Readonly<Record<TrainMethod, readonly Change[]>> = {
     ...common,
     { option: 'train', change: () => ({ train: 'lora' }) },
     { option: 'train', change: () => ({ train: 'full' }) },
+    { option: 'sftLoss', change: () => ({ 'sft-loss': 'dft' }) },
     // Clipping would hide a factor of all gradients.
     {
       option: 'sftReduction',
@@ -107,17 +167,6 @@ const changes: Readonly<Record<TrainMethod, readonly Change[]>> = {
     ...preference,
     { option: 'train', change: () => ({ train: 'lora' }) },
     { option: 'train', change: () => ({ train: 'full' }) },
-    ...['ipo', 'robust', 'sft', 'sigmoid,sft'].map((loss) => ({
-      option: 'lossType' as const,
-      // robust without smoothing is sigmoid
-      change: () => ({ 'loss-type': loss, ...(loss === 'robust' && { 'label-smoothing': 0.2 }) }),
-    })),
-    {
-      option: 'lossWeights',
-      beside: () => ({ 'loss-type': 'sigmoid,sft' }),
-      change: () => ({ 'loss-weights': '1,0.1' }),
-    },
-    { option: 'labelSmoothing', beside: () => ({ 'loss-type': 'robust' }), change: () => ({ 'label-smoothing': 0.3 }) },
   ],
   spo: [
     ...common,

@@ -64,11 +64,39 @@ const common = {
   ...paths,
 };
 
+/** Of preference losses. */
+const losses = {
+  lossType: ['sigmoid'],
+  lossWeights: [1],
+  reference: 'initial',
+  nllWeight: 0,
+  nllReduction: 'token-mean',
+  ldAlpha: 1,
+  wpo: false,
+  labelSmoothing: 0,
+  fDivergenceType: 'reverse_kl',
+  fAlphaDivergenceCoef: 0.5,
+  discopopTau: 0.05,
+  dpopLambda: 50,
+  rdpoAlpha: 0.02,
+  betaDpoAlpha: 0.6,
+  betaDpoMomentum: 0.9,
+  simpoGamma: 0.5,
+  alphapoAlpha: 0.25,
+  orpoLambda: 0.1,
+  slicDelta: 1,
+  slicLambda: 0.5,
+  slicLengthNormalize: false,
+  ktoDesirableWeight: 1,
+  ktoUndesirableWeight: 1,
+} as const;
+
 const documented = {
   sft: {
     ...common,
     method: 'sft',
     train: 'lora',
+    sftLoss: 'nll',
     sftReduction: 'token-mean',
     epochs: 3,
     batchSize: 8,
@@ -77,13 +105,10 @@ const documented = {
   },
   dpo: {
     ...common,
+    ...losses,
     method: 'dpo',
     train: 'lora',
     beta: 0.1,
-    labelSmoothing: 0,
-    lossType: ['sigmoid'],
-    lossWeights: [1],
-    reference: 'initial',
     epochs: 1,
     batchSize: 4,
     learningRate: 1e-5,
@@ -91,6 +116,7 @@ const documented = {
   },
   spo: {
     ...common,
+    ...losses,
     method: 'spo',
     beta: 0.5,
     lambda: 1,
@@ -102,7 +128,6 @@ const documented = {
     learningRateAdapters: 1e-5,
     normOver: 'all',
     sftReduction: 'sum',
-    reference: 'initial',
     epochs: 3,
     batchSize: 4,
     loraDropout: 0,
@@ -152,6 +177,16 @@ describe('defaults', () => {
 
   it('weighs several losses by 1', () => {
     expect(resolve('dpo', { lossType: 'sigmoid, sft' }).lossWeights).toStrictEqual([1, 1]);
+  });
+
+  it.each(['dpo', 'spo'] as const)('%s: what a loss has of its own', (method) => {
+    for (const lossType of ['simpo', 'cpo,simpo', 'orpo', 'slic', 'alphapo'])
+      expect(resolve(method, { lossType }).reference).toBe('none');
+    for (const lossType of ['sigmoid', 'cpo,sigmoid', 'sft'])
+      expect(resolve(method, { lossType }).reference).toBe('initial');
+    expect(resolve(method, { lossType: 'cpo' }).nllWeight).toBe(1);
+    expect(resolve(method, { lossType: 'orpo,simpo' }).nllWeight).toBe(1);
+    expect(resolve(method, { lossType: 'orpo', nllWeight: 0 }).nllWeight).toBe(0);
   });
 });
 
@@ -243,6 +278,7 @@ describe('names', () => {
   it('suggests the nearest option of the command', () => {
     expect(refusal('dpo', { '--lr': 1 })).toBe('--lr is no option of keelgrad dpo; did you mean --learning-rate?');
     expect(refusal('spo', { '--lamda': 1 })).toBe('--lamda is no option of keelgrad spo; did you mean --lambda?');
+    expect(refusal('sft', { '--mdl': 1 })).toBe('--mdl is no option of keelgrad sft; did you mean --model?');
     expect(refusal('sft', { no_shufle: true })).toMatch('did you mean --no-shuffle?');
     expect(refusal('sft', { frobnicate: 1 })).toBe('frobnicate is no option of keelgrad sft; see keelgrad sft --help');
   });
@@ -251,6 +287,12 @@ describe('names', () => {
     expect(refusal('dpo', { '--gamma': 1 })).toMatch(/^--gamma is an option of keelgrad spo, not of keelgrad dpo/);
     expect(refusal('dpo', { 'learning-rate-backbone': 1 })).toMatch('did you mean --learning-rate?');
     expect(refusal('spo', { train: 'full' })).toMatch('spo always trains both levels');
+    expect(refusal('sft', { lossType: 'dft' })).toMatch(
+      'not of keelgrad sft: its losses are --sft-loss nll and --sft-loss dft',
+    );
+    expect(refusal('dpo', { rpo_alpha: 1 })).toMatch('did you mean --nll-weight?');
+    expect(refusal('dpo', { use_weighting: true })).toMatch('did you mean --wpo?');
+    expect(refusal('dpo', { desirable_weight: 1 })).toMatch('did you mean --kto-desirable-weight?');
     expect(refusal('dpo', { gama: 1 })).toMatch('did you mean --gamma, of keelgrad spo?');
   });
 
@@ -273,7 +315,44 @@ describe('combinations in which an option would do nothing', () => {
       '--label-smoothing has no effect with --loss-type sigmoid; use a loss that defines it: --loss-type robust',
     ],
     ['dpo', { labelSmoothing: 0.1, lossType: 'ipo,sft' }, 'with --loss-type ipo,sft'],
+    ['spo', { labelSmoothing: 0.1, lossType: 'hinge' }, 'use a loss that defines it: --loss-type robust'],
     ['dpo', { lossWeights: '2' }, '--loss-weights has no effect with a single loss'],
+    [
+      'dpo',
+      { simpoGamma: 1 },
+      '--simpo-gamma has no effect with --loss-type sigmoid; use a loss that defines it: --loss-type simpo',
+    ],
+    ['dpo', { alphapoAlpha: 0.25, lossType: 'simpo' }, '--alphapo-alpha has no effect with --loss-type simpo'],
+    ['spo', { dpopLambda: 5, lossType: 'rdpo' }, 'use a loss that defines it: --loss-type dpop'],
+    ['dpo', { rdpoAlpha: 0.1 }, '--loss-type rdpo'],
+    ['dpo', { orpoLambda: 0.1, lossType: 'cpo' }, '--loss-type orpo'],
+    ['dpo', { discopopTau: 0.1 }, '--loss-type discopop'],
+    ['dpo', { betaDpoAlpha: 0.1 }, '--loss-type beta_dpo'],
+    ['dpo', { betaDpoMomentum: 0.5, lossType: 'cal_dpo' }, '--loss-type beta_dpo'],
+    ['dpo', { slicLambda: 0.1 }, '--loss-type slic'],
+    ['dpo', { slicDelta: 0.1, lossType: 'hinge' }, '--loss-type slic'],
+    ['dpo', { slicLengthNormalize: true }, '--slic-length-normalize has no effect with --loss-type sigmoid'],
+    ['dpo', { ktoDesirableWeight: 2, lossType: 'bco_pair' }, '--loss-type kto'],
+    ['dpo', { ktoUndesirableWeight: 2 }, '--loss-type kto'],
+    ['dpo', { beta: 0.3, lossType: 'orpo,slic' }, '--beta has no effect with --loss-type orpo,slic'],
+    [
+      'dpo',
+      { reference: 'initial', lossType: 'simpo' },
+      '--reference has no effect with --loss-type simpo, which has no reference',
+    ],
+    ['spo', { reference: 'base', lossType: 'orpo' }, '--reference has no effect with --loss-type orpo'],
+    [
+      'dpo',
+      { fDivergenceType: 'js_divergence', lossType: 'simpo' },
+      '--f-divergence-type has no effect with --loss-type simpo',
+    ],
+    [
+      'dpo',
+      { fAlphaDivergenceCoef: 0.3 },
+      '--f-alpha-divergence-coef has no effect with --f-divergence-type reverse_kl',
+    ],
+    ['dpo', { nllReduction: 'sequence-mean' }, '--nll-reduction has no effect with --nll-weight 0'],
+    ['dpo', { ldAlpha: 0.5, lossType: 'sft' }, '--ld-alpha has no effect with --loss-type sft'],
     [
       'sft',
       { train: 'full', loraR: 16 },
@@ -330,6 +409,71 @@ describe('combinations in which an option would do nothing', () => {
   });
 });
 
+describe('losses that lack what they need, or that cannot be had together', () => {
+  it.each([
+    [
+      'dpo',
+      { lossType: 'exo_pair' },
+      '--loss-type: exo_pair needs a label smoothing above 0: it takes its logarithm; the paper',
+    ],
+    ['spo', { lossType: 'exo_pair' }, '--label-smoothing 0.001'],
+    ...[
+      'bco_pair',
+      'nca_pair',
+      'sppo_hard',
+      'apo_zero',
+      'apo_down',
+      'aot',
+      'aot_unpaired',
+      'dpop',
+      'cal_dpo',
+      'kto',
+    ].map(
+      (lossType) =>
+        ['dpo', { lossType, reference: 'none' }, `--loss-type: ${lossType} needs a reference: it `] as const,
+    ),
+    ['dpo', { lossType: 'kto', reference: 'none' }, 'leave it out, or use --reference initial'],
+    [
+      'dpo',
+      { lossType: 'ipo_sum', fDivergenceType: 'js_divergence' },
+      '--f-divergence-type has no effect with --loss-type ipo_sum',
+    ],
+    [
+      'dpo',
+      { lossType: 'sigmoid,cdpo', fDivergenceType: 'js_divergence' },
+      'cdpo has no f-divergence; leave out --f-divergence-type',
+    ],
+    [
+      'dpo',
+      { fDivergenceType: 'forward_kl', reference: 'none' },
+      'an f-divergence is one from the reference, and there is none',
+    ],
+    [
+      'dpo',
+      { lossType: 'sigmoid,sft', nllWeight: 0.5 },
+      'sft is the NLL of the chosen responses already; leave out --nll-weight',
+    ],
+    ['dpo', { lossType: 'sigmoid,aot', wpo: true }, 'weights of pairs have no meaning for aot: it sorts the batch'],
+    ['dpo', { lossType: 'sft', wpo: true }, 'weights of pairs have no meaning for sft'],
+    ['dpo', { lossType: 'aot', batchSize: 1 }, 'aot sorts the pairs of a batch; raise --batch-size above 1'],
+  ] as const)('%s %j', (method, given, message) => {
+    expect(refusal(method, given)).toContain(message);
+  });
+
+  it.each([
+    ['dpo', { lossType: 'aot', batchSize: 1, gradientAccumulationSteps: 2 }],
+    ['dpo', { lossType: 'exo_pair,bco_pair', labelSmoothing: 0.001, lossWeights: '1,0.5' }],
+    ['spo', { lossType: 'simpo', reference: 'none', simpoGamma: 1, beta: 2 }],
+    ['spo', { lossType: 'sigmoid', reference: 'none', nllWeight: 1, nllReduction: 'sequence-sum' }],
+    ['dpo', { lossType: 'sigmoid,sft', fDivergenceType: 'alpha_divergence', fAlphaDivergenceCoef: 2 }],
+    ['dpo', { lossType: 'ipo', wpo: true, ldAlpha: 0.3 }],
+    ['dpo', { lossType: 'kto', ktoUndesirableWeight: 1.5 }],
+    ['dpo', { labelSmoothing: 0, ldAlpha: 1, wpo: false, nllWeight: 0 }],
+  ] as const)('but accepts %s %j', (method, given) => {
+    expect(resolve(method, given).method).toBe(method);
+  });
+});
+
 describe('lists', () => {
   it.each([
     [{ lossType: 'sigmoid,sigmoid' }, 'found sigmoid twice'],
@@ -348,6 +492,8 @@ describe('what run.json records', () => {
     ['sft', { train: 'full', optimizer: 'sgd', maxSteps: 3 }],
     ['sft', { adapter: 'a', warmupRatio: 0.1 }],
     ['dpo', { lossType: 'robust,sft', labelSmoothing: 0.1 }],
+    ['spo', { lossType: 'simpo', simpoGamma: 1.5, nllWeight: 0.1 }],
+    ['dpo', { lossType: 'orpo' }],
     ['spo', { lowerSteps: 0, learningRate: 1e-4, shuffle: false }],
     ['spo', { gamma: 0.1 }],
     ['score', { maxLength: 10 }],

@@ -172,6 +172,13 @@ export const factsOf = (names: readonly string[]): LossFacts[] =>
 export const defaultNllWeight = (names: readonly string[]): number =>
   Math.max(0, ...factsOf(names).map((facts) => facts.nllWeight ?? 0));
 
+/** `sft` is beside the losses of pairs, not one of them. */
+export const isBatchMean = (facts: LossFacts): boolean =>
+  facts.notPerPair !== undefined && facts.needsSeveral === undefined;
+
+/** Whether some loss has a score that an f-divergence could replace. */
+export const takesDivergence = (names: readonly string[]): boolean => factsOf(names).some((facts) => facts.divergence);
+
 /** Whether none of the losses has a reference in its formula. */
 export const referenceFree = (names: readonly string[]): boolean =>
   names.length > 0 && factsOf(names).every((facts) => facts.referenceFree);

@@ -1,6 +1,6 @@
 // Combinations of losses and their settings that make no sense, each with its reason: for library calls and options alike.
 // Must stay free of tensors: options are checked before anything heavy is loaded.
-import { factsOf, type LossFacts, lossFacts, type PreferenceLossName, unpairedLosses } from './facts.js';
+import { isBatchMean, type LossFacts, lossFacts, type PreferenceLossName, unpairedLosses } from './facts.js';
 
 /** What a combination consists of. */
 export interface LossContext {
@@ -63,9 +63,6 @@ const conflicts: readonly Conflict[] = [
   },
 ];
 
-/** `sft` is beside scores of pairs, not one of them: a divergence of the other losses does not concern it. */
-const isBatchMean = (facts: LossFacts): boolean => facts.notPerPair !== undefined && !facts.needsSeveral;
-
 /** What is wrong with a combination, or undefined. */
 export function lossConflict(context: LossContext, naming: LossNaming): string | undefined {
   for (const conflict of conflicts) {
@@ -84,6 +81,3 @@ export function unpairedConflict(context: LossContext, naming: LossNaming): stri
     return `the NLL is one of the chosen responses of pairs, and these records have none; leave out ${naming.option('nllWeight')}`;
   return lossConflict(context, naming);
 }
-
-/** Whether some loss has a score that an f-divergence could replace. */
-export const takesDivergence = (names: readonly string[]): boolean => factsOf(names).some((facts) => facts.divergence);
