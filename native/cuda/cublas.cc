@@ -101,7 +101,7 @@ std::vector<std::string> candidates() {
     if (home.empty()) continue;
     addFolder(files, home + "/lib64");
     addFolder(files, home + "/lib");
-    addMatching(files, home + "/../*/lib");  // pip's cu13 folder as CUDA_HOME: its neighbours
+    addMatching(files, home + "/../../nvidia/*/lib");  // CUDA_HOME is one of the folders of pip: its neighbours
   }
   addFolder(files, "/usr/local/cuda/lib64");
   for (const char* name : {"VIRTUAL_ENV", "CONDA_PREFIX"}) {
