@@ -1,0 +1,82 @@
+// What a GPU run consists of: stages of test files, the same files that run everywhere. Data alone; runner/main.ts runs it.
+// `files` are globs of sources; `except` takes some out, which need a compiler, a second instruction set or no device.
+
+/**
+ * @typedef {object} Stage
+ * @property {string} name
+ * @property {string} about what a reader of the results learns from it
+ * @property {string[]} files
+ * @property {string[]} [except]
+ * @property {Record<string, string>} [env] for the processes of this stage
+ * @property {boolean} [alone] one file at a time: it wants the memory, or it is slow enough
+ * @property {string} [sanitizer] the tool of compute-sanitizer under which the files run
+ * @property {number} timeout seconds that a file may take
+ */
+
+const sanitized = (/** @type {string} */ tool) => ({
+  name: tool,
+  about: `small op cases under compute-sanitizer --tool ${tool}`,
+  files: ['test/gpu/small-cases.test.ts'],
+  // Each tensor is an allocation of its own: in an arena an overrun would hit a neighbour unseen.
+  env: { KEELGRAD_DIRECT_ALLOCATION: '1', KEELGRAD_TEST_SANITIZER: tool },
+  alone: true,
+  sanitizer: tool,
+  timeout: 900,
+});
+
+/** @type {Stage[]} */
+export const stages = [
+  {
+    name: 'ops',
+    about: 'every op: float64 definitions, gradients, guard zones, rows among neighbours, equal bits',
+    files: ['test/ops/*.test.ts'],
+    except: ['test/ops/cases-avx2.test.ts', 'test/ops/cases-base.test.ts', 'test/ops/completeness.test.ts'],
+    timeout: 900,
+  },
+  {
+    name: 'autograd',
+    about: 'derivatives, checkpoints, sinks, LoRA layers, optimizers',
+    files: ['test/autograd/*.test.ts', 'test/nn/*.test.ts', 'test/optim/*.test.ts'],
+    timeout: 300,
+  },
+  {
+    name: 'runtime',
+    about: 'tensors, scopes, memory counters, faults that surface at the next read',
+    files: ['test/tensor/*.test.ts', 'test/native/*.test.ts'],
+    except: ['test/native/process.test.ts', 'test/native/isa.test.ts'],
+    timeout: 300,
+  },
+  {
+    name: 'models',
+    about: 'logits, log-probabilities and every gradient of recorded models; the GPU beside the CPU',
+    files: [
+      'test/models/*.test.ts',
+      'test/io/model-folder.test.ts',
+      'test/io/adapter.test.ts',
+      'test/gpu/parity.test.ts',
+    ],
+    timeout: 600,
+  },
+  {
+    name: 'objectives',
+    about: 'recorded losses, rewards and gradients; one evaluation of SPO',
+    files: ['test/objectives/*.test.ts'],
+    timeout: 600,
+  },
+  {
+    name: 'training',
+    about: 'recorded trajectories of SFT, DPO and SPO, step by step; the GPU beside the CPU',
+    files: ['test/train/*.test.ts', 'test/gpu/trajectories.test.ts'],
+    timeout: 900,
+  },
+  { name: 'determinism', about: 'two runs, equal bits', files: ['test/gpu/determinism.test.ts'], timeout: 300 },
+  {
+    name: 'memory',
+    about: 'out of memory and on from there; 2,000 steps without a leak',
+    files: ['test/gpu/out-of-memory.test.ts', 'test/gpu/leak.test.ts'],
+    alone: true,
+    timeout: 900,
+  },
+  sanitized('memcheck'),
+  sanitized('racecheck'),
+];
