@@ -96,7 +96,7 @@ void spreadRow(const SequencesCall<T>& p, int64_t s, int64_t row, const LogitsBl
   const HeadSequence q = p.head[s];
   C* d = p.differences + row * kChunkStride;
   differenceRow(d, d, p.head.lse[row], p.head.target[row], b.firstColumn, b.columns);
-  for (int64_t j = 0; j < q.probes; j++) {
+  for (int64_t j = 0; p.probes && j < q.probes; j++) {
     const int64_t id = p.head.probeIds[q.probe + j];
     if (b.hasColumn(id)) p.probes[row * p.probeSide + j] = d[id - b.firstColumn];
   }
@@ -132,6 +132,7 @@ void sequencesChunk(const SequencesCall<T>& p, const LogitsBlock& b) {
       for (int64_t r = begin; r < end; r++) spreadRow<T, C>(p, s, q.row + r, b);
     });
     const T* d = p.narrow + q.row * kChunkStride;
+    if (!p.gram) continue;
     gemm({dtypeOf<T>(), dtypeOf<C>(), q.rows, q.rows, b.columns, d, kChunkStride, 1, d, 1, kChunkStride,
           p.gram + s * p.side * p.side, p.side, 1.0, true});
   }
@@ -158,16 +159,16 @@ void vocabHeadSequences(const Call& call) {
   p.narrow = workspace.get<T>(p.head.kNarrow ? narrowAt : differencesAt);
   p.narrowScaled = workspace.get<T>(scaledAt);
   p.dhidden = p.head.kNarrow ? workspace.get<C>(hiddenAt) : call[0].ptr<C>();
-  p.gram = call[1].ptr<C>();
-  p.side = call[1].size(1);
-  p.probes = call[2].ptr<C>();
-  p.probeSide = call[2].size(1);
+  p.gram = call[1].present() ? call[1].ptr<C>() : nullptr;
+  p.side = p.gram ? call[1].size(1) : 0;
+  p.probes = call[2].present() ? call[2].ptr<C>() : nullptr;
+  p.probeSide = p.probes ? call[2].size(1) : 0;
   p.first = call[3].present() ? call[3].ptr<C>() : nullptr;
   p.second = call[4].present() ? call[4].ptr<C>() : nullptr;
   p.coefficients = shares ? call[11].ptr<C>() : nullptr;
   p.secondRows = call.intAttr(0);
-  memset(static_cast<void*>(p.gram), 0, call[1].numel() * sizeof(C));
-  memset(static_cast<void*>(p.probes), 0, call[2].numel() * sizeof(C));
+  if (p.gram) memset(static_cast<void*>(p.gram), 0, call[1].numel() * sizeof(C));
+  if (p.probes) memset(static_cast<void*>(p.probes), 0, call[2].numel() * sizeof(C));
   forBlocks(rows, rows, p.head.vocabulary, [&](const LogitsBlock& b) { sequencesChunk(p, b); });
   if (p.head.kNarrow) writeNarrow(call[0].ptr<T>(), p.dhidden, rows * p.head.width);
 }

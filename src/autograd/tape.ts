@@ -43,6 +43,8 @@ export interface GradientShares {
   readonly byTarget: Tensor;
   /** Targets that take part in the second. */
   readonly secondTargets: number;
+  /** Whether the squares of the sequences' gradients are wanted. */
+  readonly squares: boolean;
 }
 
 export type Cotangent = Tensor | Contribution | null;
@@ -88,6 +90,8 @@ class Node implements TapeNode {
   readonly inputDTypes: readonly Tensor['dtype'][];
   saved: Saved[];
   readonly backward: Backward;
+  /** How many outputs the op has. */
+  readonly outputs: number;
   /** Whether backward knows of streams. */
   readonly streamed: boolean;
   sink: GradientSink | null = null;
@@ -98,9 +102,11 @@ class Node implements TapeNode {
     inputs: readonly Tensor[],
     saved: Saved[],
     backward: Backward,
-    streamed: boolean,
+    outputs = 1,
+    streamed = true,
   ) {
     this.op = op;
+    this.outputs = outputs;
     this.streamed = streamed;
     this.mask = mask;
     this.parents = inputs.map((t) => (t.node && t.node.mask & mask ? (t.node as Node) : null));
@@ -166,7 +172,7 @@ export function record<T extends readonly Tensor[]>(
     const alias = detachFromScope(output >= 0 ? t.detach() : t.alias());
     return { tensor: alias, storage: t.storage, version: t.storage.version, output };
   });
-  const node = new Node(op, mask, inputs, kept, backward, streamed);
+  const node = new Node(op, mask, inputs, kept, backward, outputs.length, streamed);
   tapes[lowestLevel(mask)].push(node);
   return outputs.map((t, i) => {
     const tracked = t.alias(node, i);
@@ -216,7 +222,10 @@ export interface Differentiated<R> {
 export interface DifferentiateOptions {
   /** A sink per input, or null. Ignored where backward is itself differentiated, but for differentiable sinks. */
   sinks?: readonly (GradientSink | null)[];
-  /** Keeps the cotangents of each sequence apart: every op between inputs and outputs must know how. */
+  /**
+   * Keeps the cotangents of each sequence apart: every op between inputs and outputs must know how. The outputs are
+   * log-probabilities, their cotangents 1: coefficients are the sinks' business.
+   */
   streams?: SequenceStreams | null;
 }
 
@@ -326,7 +335,7 @@ class Level {
     this.streams = streams ?? null;
     this.leaves = inputs.map((t, i) => {
       const outer = t.node ? t.node.mask & this.outerMask : 0;
-      const leaf = new Node('input', this.bit | outer, [t], [], passThrough, true);
+      const leaf = new Node('input', this.bit | outer, [t], [], passThrough);
       leaf.sink = sinks?.[i] ?? null;
       return leaf;
     });
@@ -472,7 +481,7 @@ function runBackward(
     const saved = useSaved(node);
     const differentiable = trackedMask([...saved, ...cotangents]) !== 0;
     const context: BackwardContext = {
-      cotangents,
+      cotangents: Array.from({ length: node.outputs }, (_, i) => cotangents[i] ?? null),
       get g(): Tensor {
         const first = cotangents[0];
         if (!first) throw new Error(`[${node.op}] backward was reached without a cotangent`);

@@ -11,7 +11,7 @@ interface Common {
   backward: (context: BackwardContext) => readonly Cotangent[];
   /** Backward is made of differentiable ops: no other path to higher orders is needed. */
   differentiable?: boolean;
-  /** Backward keeps the gradients of sequences apart where it is asked to. */
+  /** Backward keeps the gradients of sequences apart where it is asked to, by differentiable ops. */
   streamed?: boolean;
 }
 
@@ -49,7 +49,7 @@ export function fusedOutputs(op: FusedOps): readonly Tensor[] {
     outputs,
     [...op.inputs, ...saved],
     (context) =>
-      context.differentiable && !op.differentiable
+      context.differentiable && !op.differentiable && !(context.streams && op.streamed)
         ? vjpOf(op.definition, context.saved.slice(0, count), context.cotangents, context.needs)
         : op.backward(context),
     op.streamed ?? false,

@@ -3,6 +3,7 @@ import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { fused } from './fused.js';
+import { headBackward } from './head-backward.js';
 import { contiguous, emptyLike, fill, gatherLast, gatherRows } from './movement.js';
 import { linear } from './product.js';
 import { logSoftmax } from './softmax.js';
@@ -70,7 +71,13 @@ export function vocabHead(
       return { output, saved: [lse, rows, ids] };
     },
     definition: (h, w) => headDefinition(h, w, rows, ids),
-    backward: ({ g, saved: [h, w, lse, r, t], needs, buffer }) => {
+    streamed: true,
+    backward: ({ g, saved: [h, w, lse, r, t], needs, buffer, streams, shares }) => {
+      if (streams) {
+        if (streams.indexKind('vocabHead', r) !== 'targetOrder')
+          throw new Error('[vocabHead] expected a row for each target where gradients are kept by sequence');
+        return headBackward(h, w, { lse, ids: t }, streams, shares(1));
+      }
       const kernel = [g, h, w, lse, r, t].map((x) => contiguous(x.detach()));
       const dhidden = needs[0] ? emptyLike(h) : null;
       const sink = needs[1] ? buffer(1) : null;

@@ -286,6 +286,10 @@ export class LookupContribution {
   materialize(): Tensor {
     return scatterRows(this.g, this.ids, this.shape[0]);
   }
+  /** The same contribution over other tensors. */
+  kept(keep: (t: Tensor) => Tensor): LookupContribution {
+    return new LookupContribution(keep(this.ids), keep(this.g), this.shape[0], this.streams);
+  }
   /** into[V, D] += scale * the contribution. */
   addTo(into: Tensor, scale: number): void {
     into.storage.version++;

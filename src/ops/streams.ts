@@ -23,6 +23,20 @@ export interface StreamIndices {
   readonly ids: Tensor;
   /** int32 `[N]`: the packed row of each target, in the order of sequences: what the head's rows are gathered by. */
   readonly targetRows: Tensor;
+  /** int32 `[N]`: 0, 1, ...: each target has a row of the head to itself. */
+  readonly targetOrder: Tensor;
+}
+
+export type IndexKind = keyof StreamIndices;
+
+/** The ids at which the head's gradients are asked for: of each sequence those of its rows, then those of its targets. */
+export interface HeadProbes {
+  /** int32 `[S, 4]`: first target, targets, first probe, probes. */
+  readonly table: Tensor;
+  /** int32, of all sequences. */
+  readonly ids: Tensor;
+  readonly maxTargets: number;
+  readonly maxProbes: number;
 }
 
 const uniform = (spans: readonly Span[], count: number): Int32Array => {
@@ -54,18 +68,21 @@ export class SequenceStreams {
   /** int32 `[rows]` token ids, `[targetCount]` rows that predict the targets. */
   readonly ids: Tensor;
   readonly targetRows: Tensor;
-  private readonly known: ReadonlyMap<Storage, 'ids' | 'targetRows'>;
+  /** int32 `[targetCount]`: 0, 1, ... */
+  readonly targetOrder: Tensor;
+  readonly probes: HeadProbes;
+  private readonly known: ReadonlyMap<Storage, IndexKind>;
   private readonly kept: Tensor[] = [];
 
   /**
    * @param tokens the token id of each packed row
-   * @param targetRows the packed row that predicts each target
+   * @param targetRows the packed row that predicts each target, whose id is in `targetIds`
    * @param indices the tensors under which the forward pass looks these two up
    */
   constructor(
     primal: SegmentLayout,
     parts: readonly SequenceParts[],
-    host: { tokens: Int32Array; targetRows: Int32Array },
+    host: { tokens: Int32Array; targetRows: Int32Array; targetIds: Int32Array },
     indices: StreamIndices,
   ) {
     const map = parts.map(({ segments }) =>
@@ -96,12 +113,29 @@ export class SequenceStreams {
         this.targetCount,
       ),
     );
-    this.ids = this.upload(flat.map((row) => host.tokens[row]));
+    const ids = flat.map((row) => host.tokens[row]);
+    this.ids = this.upload(ids);
     this.targetRows = this.upload(this.targetsAmong(map, host.targetRows));
-    this.known = new Map([
-      [indices.ids.storage, 'ids'],
-      [indices.targetRows.storage, 'targetRows'],
-    ]);
+    this.probes = this.probesOf(ids, host.targetIds);
+    this.targetOrder = this.upload(Int32Array.from(host.targetIds, (_, n) => n));
+    const kinds = ['ids', 'targetRows', 'targetOrder'] as const;
+    this.known = new Map(kinds.map((kind) => [indices[kind].storage, kind]));
+  }
+
+  private probesOf(ids: Int32Array, targetIds: Int32Array): HeadProbes {
+    const part = (values: Int32Array, { start, length }: Span): Int32Array => values.subarray(start, start + length);
+    const each = this.sequences.map(({ rows, targets }) => [...part(ids, rows), ...part(targetIds, targets)]);
+    let first = 0;
+    const table = this.sequences.flatMap(({ targets }, s) => {
+      first += each[s].length;
+      return [targets.start, targets.length, first - each[s].length, each[s].length];
+    });
+    return {
+      table: this.keep(Tensor.from(Int32Array.from(table), { shape: [this.sequences.length, 4], device: this.device })),
+      ids: this.upload(Int32Array.from(each.flat())),
+      maxTargets: Math.max(0, ...this.sequences.map((s) => s.targets.length)),
+      maxProbes: Math.max(0, ...each.map((e) => e.length)),
+    };
   }
 
   /** Each target's row on the axis of sequences. */
@@ -126,12 +160,12 @@ export class SequenceStreams {
     return t;
   }
 
-  /** What an index tensor of the forward pass means: token ids, or the rows of targets. */
-  indexKind(op: string, index: Tensor): 'ids' | 'targetRows' {
+  /** What an index tensor of the forward pass means. */
+  indexKind(op: string, index: Tensor): IndexKind {
     const kind = this.known.get(index.storage);
     if (!kind)
       throw new Error(
-        `[${op}] expected the batch's token ids or rows of targets where gradients are kept by sequence, found another index ${index.describe()}`,
+        `[${op}] expected an index of the packed batch where gradients are kept by sequence, found another one, ${index.describe()}`,
       );
     return kind;
   }

@@ -32,6 +32,8 @@ const others: Record<string, string> = {
   binary: 'the rows have cases by their own names',
   compare: 'the rows have cases by their own names',
   asRows: 'a reshape',
+  biasCotangent: 'checked as the gradient of linear',
+  VectorContribution: 'checked as the gradient of linear by sequence',
   requireLinear: 'a check',
   LookupContribution: 'checked as the gradient of gatherRows',
   rmsNormDefinition: 'checked beside its fused op',

@@ -1,0 +1,285 @@
+// Sinks that keep the gradients of the sequences of a batch apart: their squared norms by group of parameters, and gradients
+// accumulated with two coefficients for each sequence, from one backward pass seeded with 1. Knows parameters by what they
+// receive (a product of rows, a vector, a lookup, the head), no model and no loss.
+import { launch } from '../native/launch.js';
+import { rowsOf } from '../ops/backward.js';
+import { add, mul, square } from '../ops/elementwise.js';
+import { embeddingSquares } from '../ops/embedding-squares.js';
+import type { HeadContribution } from '../ops/head-backward.js';
+import {
+  cast,
+  contiguous,
+  emptyLike,
+  gatherRows,
+  type LookupContribution,
+  reshape,
+  scatterRows,
+  transpose,
+  zeros,
+} from '../ops/movement.js';
+import { type LinearContribution, matmulInto, type VectorContribution } from '../ops/product.js';
+import { sum } from '../ops/reduce.js';
+import {
+  formsGradients,
+  gradientInto,
+  SequenceFactors,
+  sequenceSquares,
+  squaresByRows,
+} from '../ops/sequence-products.js';
+import type { SequenceStreams } from '../ops/streams.js';
+import { accumulationDType } from '../tensor/dtype.js';
+import { detachFromScope, scope } from '../tensor/scope.js';
+import type { Tensor } from '../tensor/tensor.js';
+import type { Contribution, GradientShares, GradientSink } from './tape.js';
+
+/** A parameter of a pass, and where its two accumulated gradients go. */
+export interface SequenceParameter {
+  readonly name: string;
+  /** Squared norms are summed by group. */
+  readonly group: string;
+  readonly first: Tensor | null;
+  readonly second: Tensor | null;
+}
+
+export interface SequencePassOptions {
+  /** The squared norm of each sequence's gradient, differentiable where the pass is recorded. */
+  squares: boolean;
+  /** The second gradient takes the sequences [0, secondCount) alone. */
+  secondCount: number;
+}
+
+type Known = LinearContribution | VectorContribution | LookupContribution | HeadContribution;
+
+/** One backward pass over a batch: `sinks` for its parameters; coefficients before it, `finish` after it. */
+export class SequencePass {
+  readonly streams: SequenceStreams;
+  readonly options: SequencePassOptions;
+  readonly sinks: readonly SequenceSink[];
+  readonly factors: SequenceFactors;
+  /** `[S]` terms of the squared norms by group, on the tape where the pass is recorded. */
+  readonly terms: { readonly group: string; readonly tensor: Tensor }[] = [];
+  private readonly kept: Tensor[] = [];
+  private coefficients: { bySequence: Tensor; byRow: readonly Tensor[]; byTarget: Tensor } | null = null;
+
+  constructor(streams: SequenceStreams, parameters: readonly SequenceParameter[], options: SequencePassOptions) {
+    this.streams = streams;
+    this.options = options;
+    this.factors = new SequenceFactors(streams);
+    this.sinks = parameters.map((p) => new SequenceSink(this, p));
+  }
+
+  /** Coefficients `[2, S]` of the two accumulated gradients, in the accumulation dtype. */
+  setCoefficients(coefficients: Tensor): void {
+    const { rowSequence, targetSequence } = this.streams;
+    const [bySequence, first, second, byTarget] = scope(() => {
+      const columns = contiguous(transpose(coefficients.detach()));
+      const rows = gatherRows(columns, rowSequence);
+      const column = (i: number): Tensor => contiguous(rows.view([rows.shape[0], 1], [2, 1], bytes(rows) * i));
+      return [columns, column(0), column(1), contiguous(transpose(gatherRows(columns, targetSequence)))];
+    }).map((t) => this.keep(t));
+    this.coefficients = { bySequence, byRow: [first, second], byTarget };
+  }
+
+  get given(): NonNullable<SequencePass['coefficients']> {
+    if (!this.coefficients)
+      throw new Error('[SequencePass] expected coefficients before the backward pass, found none');
+    return this.coefficients;
+  }
+
+  /** Rows of the sequences that the second gradient takes; they come first. */
+  get secondRows(): number {
+    return this.streams.sequences.slice(0, this.options.secondCount).reduce((n, s) => n + s.rows.length, 0);
+  }
+
+  get secondTargets(): number {
+    return this.streams.sequences.slice(0, this.options.secondCount).reduce((n, s) => n + s.targets.length, 0);
+  }
+
+  keep<T extends Tensor>(t: T): T {
+    this.kept.push(detachFromScope(t));
+    return t;
+  }
+
+  /** Adds to the squared norms of a group: `[S]`. */
+  addSquares(group: string, tensor: Tensor): void {
+    this.terms.push({ group, tensor: this.keep(tensor) });
+  }
+
+  /** After the backward pass, while outer transforms still record: parameters with several kinds of contributions. */
+  finish(): void {
+    scope(() => {
+      for (const sink of this.sinks) sink.finish();
+    });
+  }
+
+  /** Squared norms of the gradients by group: float64 `[S]` each. */
+  squaredNorms(): Map<string, Tensor> {
+    const totals = new Map<string, Tensor>();
+    for (const { group, tensor } of this.terms) {
+      const before = totals.get(group);
+      const term = cast(tensor.detach(), 'float64');
+      totals.set(group, before ? add(before, term) : term);
+    }
+    return totals;
+  }
+
+  dispose(): void {
+    this.factors.release();
+    for (const t of this.kept) t.dispose();
+    this.kept.length = 0;
+  }
+}
+
+const bytes = (t: Tensor): number => (t.dtype === 'float64' ? 8 : 4);
+
+/** The sink of one parameter in a pass. */
+export class SequenceSink implements GradientSink {
+  readonly buffer = null;
+  readonly differentiable = true;
+  private readonly pass: SequencePass;
+  private readonly parameter: SequenceParameter;
+  private linear = false;
+  private embedding: { head: HeadContribution | null; lookup: LookupContribution | null } | null = null;
+
+  constructor(pass: SequencePass, parameter: SequenceParameter) {
+    this.pass = pass;
+    this.parameter = parameter;
+  }
+
+  get shares(): GradientShares {
+    const { first, second } = this.parameter;
+    const { secondTargets, options, given } = this.pass;
+    return { first, second, byTarget: given.byTarget, secondTargets, squares: options.squares };
+  }
+
+  accept(contribution: Contribution | Tensor): void {
+    const known = contribution as Known;
+    const kind = 'materialize' in contribution ? known.kind : 'tensor';
+    if (kind === 'linear') this.acceptLinear(known as LinearContribution);
+    else if (kind === 'vector') this.acceptVector(known as VectorContribution);
+    else if (kind === 'lookup') this.acceptLookup(known as LookupContribution);
+    else if (kind === 'head') this.acceptHead(known as HeadContribution);
+    else
+      throw new Error(
+        `[SequenceSink] expected a gradient of ${this.parameter.name} that is known by sequence, found a plain tensor`,
+      );
+  }
+
+  // ---- products of rows ---------------------------------------------------------------------------------------------
+
+  private acceptLinear({ x, g, scale }: LinearContribution): void {
+    if (this.linear)
+      throw new Error(
+        `[SequenceSink] expected ${this.parameter.name} to be used by one linear layer, found a second: their gradients would have to be added before squaring`,
+      );
+    this.linear = true;
+    const { pass } = this;
+    const { first, second, group } = this.parameter;
+    const { streams, options, factors } = pass;
+    const shape = {
+      lengths: streams.sequences.map((s) => s.rows.length),
+      primalRows: streams.primalRows,
+      in: x.shape[1],
+      out: g.shape[1],
+    };
+    const wanted = { squares: options.squares, first: first !== null, secondRows: second ? pass.secondRows : 0 };
+    const rows = contiguous(g.detach());
+    const forms = formsGradients(shape, wanted);
+    const value = forms ? this.throughGradients(x, rows, scale) : this.throughProducts(x, rows, scale);
+    if (!options.squares || !value) return;
+    const squares = sequenceSquares(x, g, value, factors);
+    pass.addSquares(group, scale === 1 ? squares : mul(squares, scale * scale));
+  }
+
+  /** Forms each sequence's gradient; its squares `[S]` without the scale. */
+  private throughGradients(x: Tensor, g: Tensor, scale: number): Tensor {
+    const { factors, given } = this.pass;
+    const { first, second } = this.parameter;
+    const wide = accumulationDType(x.dtype);
+    const rows = factors.rowsOf(x);
+    const gradient = emptyLike(x, [g.shape[1], x.shape[1]], wide);
+    const sums = zeros([factors.spans.length, 2], { dtype: 'float64', device: x.device });
+    const coefficients = scale === 1 ? given.bySequence : mul(given.bySequence, scale);
+    for (const [s, { start, length }] of factors.spans.entries()) {
+      gradientInto(gradient, rowsOf(g, start, length), rowsOf(rows, start, length));
+      const pair = (t: Tensor): Tensor => reshape(rowsOf(t, s, 1), [2]);
+      const into = s < this.pass.options.secondCount ? second : null;
+      launch('shareGradient', [pair(sums), first, into, gradient, null, pair(coefficients)]);
+    }
+    for (const t of [first, second]) if (t) t.storage.version++;
+    return cast(contiguous(sums.view([factors.spans.length], [2])), wide);
+  }
+
+  /** The accumulated gradients as products of their own; squares from inner products. */
+  private throughProducts(x: Tensor, g: Tensor, scale: number): Tensor | null {
+    const { streams, factors, given, options, secondRows } = this.pass;
+    const { first, second } = this.parameter;
+    if (first) {
+      const weighted = mul(g, given.byRow[0]);
+      const merged = streams.rowMap ? scatterRows(weighted, streams.rowMap, streams.primalRows) : weighted;
+      addProduct(first, merged, x.detach(), scale);
+    }
+    if (second && secondRows > 0) {
+      const part = (t: Tensor): Tensor => rowsOf(t, 0, secondRows);
+      addProduct(second, mul(part(g), part(given.byRow[1])), part(factors.rowsOf(x)), scale);
+    }
+    return options.squares ? squaresByRows(factors, x, g) : null;
+  }
+
+  // ---- vectors ------------------------------------------------------------------------------------------------------
+
+  private acceptVector({ bySequence }: VectorContribution): void {
+    const { given, options } = this.pass;
+    const { first, second, group } = this.parameter;
+    [first, second].forEach((into, i) => {
+      if (!into) return;
+      const weights = given.bySequence.view([1, bySequence.shape[0]], [1, 2], bytes(given.bySequence) * i);
+      const row = into.view([1, into.size], [into.size, 1]);
+      const source = bySequence.detach();
+      matmulInto(row, weights, source, { accumulate: true });
+    });
+    if (options.squares) this.pass.addSquares(group, sum(square(bySequence), { axes: 1 }));
+  }
+
+  // ---- embedding and head -------------------------------------------------------------------------------------------
+
+  private acceptLookup(contribution: LookupContribution): void {
+    const { given, secondRows } = this.pass;
+    const { first, second } = this.parameter;
+    const g = contribution.g.detach();
+    const add = (into: Tensor, count: number, weights: Tensor): void => {
+      const part = (t: Tensor): Tensor => rowsOf(t, 0, count);
+      const rows = contiguous(mul(part(contiguous(g)), part(weights)));
+      into.storage.version++;
+      if (rows.size > 0) launch('scatterAddRows', [into, rows, part(contribution.ids)]);
+    };
+    if (first) add(first, g.shape[0], given.byRow[0]);
+    if (second) add(second, secondRows, given.byRow[1]);
+    if (this.pass.options.squares) this.embeddingOf('lookup', contribution);
+  }
+
+  private acceptHead(contribution: HeadContribution): void {
+    for (const t of [this.parameter.first, this.parameter.second]) if (t) t.storage.version++;
+    if (this.pass.options.squares) this.embeddingOf('head', contribution);
+  }
+
+  /** A tied matrix receives both: they are added before squaring, in finish(). */
+  private embeddingOf(kind: 'head' | 'lookup', contribution: HeadContribution | LookupContribution): void {
+    this.embedding ??= { head: null, lookup: null };
+    if (this.embedding[kind])
+      throw new Error(`[SequenceSink] expected one ${kind} of ${this.parameter.name}, found a second`);
+    const kept = contribution.kept((t) => this.pass.keep(t.alias()));
+    this.embedding = { ...this.embedding, [kind]: kept };
+  }
+
+  finish(): void {
+    if (!this.embedding) return;
+    this.pass.addSquares(this.parameter.group, embeddingSquares(this.embedding, this.pass.streams));
+  }
+}
+
+/** into[out, in] += scale * gᵀ x. */
+function addProduct(into: Tensor, g: Tensor, x: Tensor, scale: number): void {
+  const dtype = into.dtype === 'float32' && x.dtype === 'bfloat16' ? x.dtype : into.dtype;
+  matmulInto(into, transpose(cast(g, dtype)), cast(x, dtype), { alpha: scale, accumulate: true });
+}
