@@ -25,7 +25,15 @@ export { type RuntimeInfo, runtimeInfo, setThreads } from './native/info.js';
 export { mergeAdapters } from './nn/lora.js';
 export * from './objectives/index.js';
 export * from './ops/index.js';
-export { descend, type LowerLevelOptions, type LowerSolution } from './optim/bilevel/lower-level.js';
+export {
+  type BilevelFunction,
+  BilevelOptimizer,
+  type BilevelOptions,
+  type BilevelProblem,
+  type BilevelStep,
+  type BilevelTerm,
+} from './optim/bilevel/bilevel.js';
+export { descend, type LowerLevelOptions, type LowerSolution, type LowerSolver } from './optim/bilevel/lower-level.js';
 export { clipFactor, nonFinite, sumOfSquares } from './optim/clip.js';
 export { Optimizer, type OptimizerOptions, type ParameterGroup } from './optim/optimizer.js';
 export { type ScheduleName, scheduleFactor } from './optim/schedule.js';
