@@ -82,7 +82,7 @@ bool soundCopy(const void* to, const void* from, size_t bytes, cudaMemcpyKind ki
     remark("a copy of kind %d from %s to %s memory", kind, fromDevice ? "device" : "host", toDevice ? "device" : "host");
     return false;
   }
-  return soundRange(to, bytes, "a copy to") && soundRange(from, bytes, "a copy from");
+  return soundRange(to, bytes, "the target of a copy") && soundRange(from, bytes, "the source of a copy");
 }
 
 Work deviceWork(std::function<void()> run) { return {Work::Kind::Device, std::move(run), nullptr}; }
@@ -233,7 +233,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
-  if (!simt::inDeviceRange(to) || !simt::soundRange(to, bytes, "a memset")) return setError(cudaErrorInvalidValue);
+  if (!simt::inDeviceRange(to) || !simt::soundRange(to, bytes, "the target of a memset")) return setError(cudaErrorInvalidValue);
   return simt::enqueued(simt::enqueue(stream, simt::deviceWork([=] { memset(to, value, bytes); })));
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes, nullptr); }

@@ -407,6 +407,7 @@ void runKernel(const LaunchConfiguration& launch, const std::function<void()>& b
     runBlock();
   }
   happensAfter(&block.endKey);
+  checkGuards("this launch");
   running = false;
 }
 

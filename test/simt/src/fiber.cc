@@ -55,9 +55,11 @@ namespace {
 
 constexpr size_t kGuardBytes = 4096 * 4;
 constexpr size_t kStride = kStackBytes + kGuardBytes;
+constexpr size_t kLead = 16 << 20;  // without rights, for large steps below the first stack
+constexpr size_t kReserved = kLead + kStride * kStacks;
 
 char* reserveStacks() {
-  void* memory = mmap(nullptr, kStride * kStacks, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory = mmap(nullptr, kReserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     fprintf(stderr, "simt: no address space for the stacks of fibers\n");
     abort();
@@ -72,7 +74,7 @@ bool opened[kStacks];
 
 char* stackBottom(int index) {
   if (!stacks) stacks = reserveStacks();
-  char* bottom = stacks + index * kStride + kGuardBytes;
+  char* bottom = stacks + kLead + index * kStride + kGuardBytes;
   if (!opened[index]) {
     mprotect(bottom, kStackBytes, PROT_READ | PROT_WRITE);
     opened[index] = true;
@@ -80,10 +82,9 @@ char* stackBottom(int index) {
   return bottom;
 }
 
-bool inStackGuard(const void* address) {
+bool inStacks(const void* address) {
   const char* at = static_cast<const char*>(address);
-  return stacks && at >= stacks && at < stacks + kStride * kStacks &&
-         static_cast<size_t>(at - stacks) % kStride < kGuardBytes;
+  return stacks && at >= stacks && at < stacks + kReserved;
 }
 
 }  // namespace simt

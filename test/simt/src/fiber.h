@@ -32,7 +32,7 @@ inline void switchContext(Context& from, Context& to) { swapcontext(&from.regist
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kStacks = 2048;
 char* stackBottom(int index);
-// Is the address in the guard page of a stack?
-bool inStackGuard(const void* address);
+// Is the address in the range of the stacks? A fault there means that one is used up.
+bool inStacks(const void* address);
 
 }  // namespace simt

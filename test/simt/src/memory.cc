@@ -55,7 +55,8 @@ void reserveRange(Device& d) {
   }
   void* memory = mmap(wanted, kRange, PROT_NONE, flags, -1, 0);
   if (memory == MAP_FAILED) finding("no address space for device memory");
-  d.base = d.next = static_cast<char*>(memory);
+  d.base = static_cast<char*>(memory);
+  d.next = d.base + kGap;
   watchFaults();
 }
 
@@ -65,7 +66,7 @@ char* place(Device& d, size_t bytes) {
   for (int laps = 0;;) {
     if (at + bytes > d.base + kRange) {
       if (++laps > 1) return nullptr;
-      at = d.base;
+      at = d.base + kGap;
     }
     auto after = d.live.lower_bound(at + bytes);
     if (after == d.live.begin()) return at;
@@ -86,6 +87,11 @@ const Allocation* liveAt(Device& d, const char* at) {
 }
 
 bool untouched(const char* from, const char* to) {
+  for (; from + 8 <= to; from += 8) {
+    uint64_t word;
+    __builtin_memcpy(&word, from, 8);
+    if (word != ~uint64_t{0}) return false;
+  }
   for (; from < to; from++)
     if (static_cast<unsigned char>(*from) != kUnknown) return false;
   return true;
@@ -178,7 +184,7 @@ size_t deviceMemoryInUse() {
   return d.inUse;
 }
 
-void checkGuards() {
+void checkGuards(const char* after) {
   Device& d = device();
   std::lock_guard<std::mutex> lock(d.mutex);
   for (const auto& entry : d.live) {
@@ -189,8 +195,8 @@ void checkGuards() {
     poison(a.region, static_cast<size_t>(a.begin - a.region));
     poison(a.end, static_cast<size_t>(a.regionEnd - a.end));
     if (!whole)
-      finding("out of bounds: the device wrote within %zu bytes around allocation %zu of %zu bytes",
-              static_cast<size_t>(a.regionEnd - a.region), a.serial, static_cast<size_t>(a.end - a.begin));
+      finding("out of bounds: %s wrote just before or after allocation %zu of %zu bytes", after, a.serial,
+              static_cast<size_t>(a.end - a.begin));
   }
 }
 

@@ -16,8 +16,8 @@ bool inDeviceRange(const void* address);
 // Is [at, at + bytes) within one live allocation?
 bool isDeviceMemory(const void* at, size_t bytes);
 size_t deviceMemoryInUse();
-// Writes outside of allocations that no page fault caught; ends the process on one.
-void checkGuards();
+// Finds writes outside of allocations that no page fault caught; `after` is who may have done it.
+void checkGuards(const char* after);
 // What is known of an address in the device's range: "24 bytes after an allocation of 64 bytes"...
 std::string describeAddress(const void* address);
 

@@ -99,7 +99,7 @@ void onFault(int signal, siginfo_t* info, void* context) {
     finding("%s: the kernel touched %p: %s", freed ? "use after free" : "out of bounds", at, what.c_str());
   }
   if (inSharedRange(at)) finding("out of bounds: the kernel touched %p, past its shared memory", at);
-  if (inStackGuard(at)) finding("the stack of a CUDA thread is used up: local arrays are too large");
+  if (inStacks(at)) finding("the stack of a CUDA thread is used up: local arrays are too large");
   if (inKernel()) finding("the kernel touched %p, which is neither device nor shared memory", at);
   passOn(signal, info, context);
 }

@@ -123,7 +123,7 @@ void runUpTo(cudaStream_t stream, uint64_t position) {
   drain(stream, position, access, &worked);
   if (!worked) return;
   access.open();
-  checkGuards();
+  checkGuards("a library or a copy");
 }
 
 uint64_t enqueuedOf(cudaStream_t stream) {
