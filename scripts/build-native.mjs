@@ -1,12 +1,13 @@
 #!/usr/bin/env node
 // Builds the addon with cmake-js, incrementally: what `npm run build:native`, `prepare`, binding.gyp and prebuildify call.
 // Output: build/Release/keelgrad.node; CMake keeps its own files in build/cmake, away from those of node-gyp.
-// KEELGRAD_SKIP_NATIVE=1 skips it, CMAKE_BUILD_PARALLEL_LEVEL sets the number of jobs.
+// The CUDA backend is part of it where nvcc is found (cmake/cuda.cmake); KEELGRAD_CUDA=0 leaves it out, =1 makes its
+// absence an error. KEELGRAD_SKIP_NATIVE=1 skips it all, CMAKE_BUILD_PARALLEL_LEVEL sets the number of jobs.
 import { spawnSync } from 'node:child_process';
-import { existsSync, readFileSync, realpathSync, rmSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, realpathSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { availableParallelism } from 'node:os';
-import { dirname, join } from 'node:path';
+import { delimiter, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
@@ -21,6 +22,18 @@ function forgetForeignCache() {
   if (!home || !existsSync(home) || realpathSync(home) !== realpathSync(root)) rmSync(cmakeFolder, { recursive: true });
 }
 
+/** CMake looks for nvcc when it configures: once, unless what it goes by has changed. */
+function configureAnewForCuda() {
+  const stamp = join(cmakeFolder, 'cuda-environment');
+  const names = ['KEELGRAD_CUDA', 'CUDA_HOME', 'CUDA_PATH', 'VIRTUAL_ENV'];
+  const nvcc = (process.env.PATH ?? '').split(delimiter).find((folder) => existsSync(join(folder, 'nvcc')));
+  const now = [...names.map((name) => `${name}=${process.env[name] ?? ''}`), `nvcc=${nvcc ?? ''}`, ''].join('\n');
+  const before = existsSync(stamp) ? readFileSync(stamp, 'utf8') : '';
+  if (before !== now) rmSync(join(cmakeFolder, 'CMakeCache.txt'), { force: true });
+  mkdirSync(cmakeFolder, { recursive: true });
+  writeFileSync(stamp, now);
+}
+
 function build() {
   const require = createRequire(import.meta.url);
   const cmakeJs = join(dirname(require.resolve('cmake-js/package.json')), 'bin', 'cmake-js');
@@ -32,6 +45,8 @@ function build() {
 
 if (process.env.KEELGRAD_SKIP_NATIVE !== '1') {
   forgetForeignCache();
+  configureAnewForCuda();
+  const start = Date.now();
   const status = build();
   if (status !== 0) {
     console.error(
@@ -40,4 +55,6 @@ if (process.env.KEELGRAD_SKIP_NATIVE !== '1') {
     );
     process.exit(status);
   }
+  const megabytes = (statSync(join(outputFolder, 'keelgrad.node')).size / 1e6).toFixed(1);
+  console.log(`keelgrad: addon of ${megabytes} MB, built in ${Math.round((Date.now() - start) / 1000)} s`);
 }

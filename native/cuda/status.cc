@@ -51,7 +51,7 @@ CudaDevice describe(int index) {
 }  // namespace
 
 CudaStatus status() {
-  CudaStatus status{true, "", "", {}, 0, 0};
+  CudaStatus status{true, "", "", {}, 0, 0, ""};
   cudaRuntimeGetVersion(&status.runtime);
   cudaDriverGetVersion(&status.driver);
   int count = 0;
@@ -69,7 +69,9 @@ CudaStatus status() {
     return refused(status, status.devices[0].reason,
                    "put another GPU first with CUDA_VISIBLE_DEVICES, or use --device cpu");
   const CublasStatus& cublas = cublasStatus();
-  return cublas.available ? status : refused(status, cublas.reason, cublas.remedy);
+  if (!cublas.available) return refused(status, cublas.reason, cublas.remedy);
+  status.cublas = cublas.path;
+  return status;
 }
 
 }  // namespace kg::cuda

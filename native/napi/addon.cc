@@ -271,6 +271,21 @@ napi_value upload(napi_env env, Instance* self, napi_value* args) {
   return nullptr;
 }
 
+// uploadMapped(stream, storage, byteOffset, file's stream, file's storage, its byteOffset, bytes): no copy on the host
+napi_value uploadMapped(napi_env env, Instance* self, napi_value* args) {
+  Stream& s = self->stream(number(env, args[0]));
+  Storage& to = s.storages().at(number(env, args[1]));
+  Storage& file = self->stream(number(env, args[3])).storages().at(number(env, args[4]));
+  double offset = number(env, args[2]), from = number(env, args[5]);
+  auto count = static_cast<size_t>(number(env, args[6]));
+  requireRange(to, offset, count);
+  requireRange(file, from, count);
+  if (to.readOnly) kg::fail("a mapped file cannot be written");
+  if (!file.mapping) kg::fail("expected a mapped file");
+  s.uploadMapped(&to, static_cast<size_t>(offset), file.mapping, static_cast<size_t>(from), count);
+  return nullptr;
+}
+
 // download(stream, storage, byteOffset, target) -> Promise<target>
 napi_value download(napi_env env, Instance* self, napi_value* args) {
   Stream& s = self->stream(number(env, args[0]));
@@ -348,6 +363,31 @@ napi_value adjustExternal(napi_env env, Instance*, napi_value* args) {
   return nullptr;
 }
 
+Napi::Object describeCuda(Napi::Env env) {
+  const kg::CudaStatus cuda = kg::cudaStatus();
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("built", kg::hasCuda());
+  out.Set("available", cuda.available);
+  if (!cuda.available) {
+    out.Set("reason", cuda.reason);
+    out.Set("remedy", cuda.remedy);
+  }
+  out.Set("driver", cuda.driver);
+  out.Set("runtime", cuda.runtime);
+  if (!cuda.cublas.empty()) out.Set("cublas", cuda.cublas);
+  Napi::Array devices = Napi::Array::New(env);
+  for (const kg::CudaDevice& d : cuda.devices) {
+    Napi::Object row = Napi::Object::New(env);
+    row.Set("name", d.name);
+    row.Set("memory", double(d.memory));
+    row.Set("capability", d.capability);
+    if (!d.reason.empty()) row.Set("reason", d.reason);
+    devices.Set(devices.Length(), row);
+  }
+  out.Set("devices", devices);
+  return out;
+}
+
 napi_value describe(napi_env env, Instance*, napi_value*) {
   Napi::Env e(env);
   Napi::Object out = Napi::Object::New(e);
@@ -355,14 +395,7 @@ napi_value describe(napi_env env, Instance*, napi_value*) {
   Napi::Array features = Napi::Array::New(e);
   for (const auto& f : kg::cpuFeatures()) features.Set(features.Length(), f);
   out.Set("cpuFeatures", features);
-  kg::CudaStatus cuda = kg::cudaStatus();
-  Napi::Object c = Napi::Object::New(e);
-  c.Set("available", cuda.available);
-  if (!cuda.available) {
-    c.Set("reason", cuda.reason);
-    c.Set("remedy", cuda.remedy);
-  }
-  out.Set("cuda", c);
+  out.Set("cuda", describeCuda(e));
   return out;
 }
 
@@ -402,6 +435,7 @@ NAPI_MODULE_INIT() {
   KG_DEFINE(mapFile, 2);
   KG_DEFINE(submit, 0);
   KG_DEFINE(upload, 4);
+  KG_DEFINE(uploadMapped, 7);
   KG_DEFINE(download, 4);
   KG_DEFINE(downloadSync, 4);
   KG_DEFINE(synchronize, 1);

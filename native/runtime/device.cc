@@ -59,10 +59,11 @@ CudaStatus cudaStatus() {
 #ifdef KG_CUDA
   return cuda::status();
 #else
-  return {false,
-          "this build of keelgrad has no CUDA backend",
-          "install the CUDA compiler (nvcc) and build again, or use --device cpu",
-          {}};
+  CudaStatus none;
+  none.available = false;
+  none.reason = "this build of keelgrad has no CUDA backend";
+  none.remedy = "install the CUDA compiler (nvcc) and build again (npm run build:native), or use --device cpu";
+  return none;
 #endif
 }
 

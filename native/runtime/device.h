@@ -29,10 +29,11 @@ struct CudaDevice {
   std::string reason;  // why it cannot be used; empty when it can
 };
 struct CudaStatus {
-  bool available;
+  bool available = false;
   std::string reason, remedy;  // why not, and what to do about it
   std::vector<CudaDevice> devices;
   int driver = 0, runtime = 0;  // CUDA versions, 13000 for 13.0; 0: no driver, no CUDA in this build
+  std::string cublas;           // where it was found
 };
 CudaStatus cudaStatus();
 bool hasCuda();  // whether this build contains the CUDA backend

@@ -36,9 +36,27 @@ function nativeRows(native: Report['native']): [string, string][] {
     ['kernels', native.isa],
     ['features', native.cpuFeatures.join(' ') || 'none'],
     ['threads', `${native.threads} of ${native.hardwareThreads}`],
-    ['cuda', cuda.available ? 'available' : `not available${cuda.reason ? `: ${cuda.reason}` : ''}`],
   ];
+  return rows.concat(cudaRows(cuda));
+}
+
+const version = (number: number): string => `${Math.floor(number / 1000)}.${Math.floor((number % 1000) / 10)}`;
+
+function cudaRows(cuda: RuntimeInfo['cuda']): [string, string][] {
+  const rows: [string, string][] = [['cuda', cuda.available ? 'available' : `not available: ${cuda.reason}`]];
   if (!cuda.available && cuda.remedy) rows.push(['', cuda.remedy]);
+  if (cuda.built) {
+    const driver = cuda.driver > 0 ? `a driver for ${version(cuda.driver)}` : 'no driver';
+    rows.push(['', `built with CUDA ${version(cuda.runtime)}; ${driver}`]);
+  }
+  if (cuda.cublas) rows.push(['cublas', cuda.cublas]);
+  cuda.devices.forEach((gpu, i) => {
+    const facts = [
+      `${(gpu.memory / 2 ** 30).toFixed(1)} GiB`,
+      `compute capability ${(gpu.capability / 10).toFixed(1)}`,
+    ];
+    rows.push([`cuda:${i}`, [gpu.name, ...facts, ...(gpu.reason ? [`not usable: ${gpu.reason}`] : [])].join(', ')]);
+  });
   return rows;
 }
 

@@ -2,7 +2,7 @@
 
 import { statSync } from 'node:fs';
 import { KeelgradError } from '../errors.js';
-import { cast, clone, contiguous, to } from '../ops/movement.js';
+import { cast, clone, contiguous } from '../ops/movement.js';
 import type { DType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import { type Device, Storage, withTag } from '../tensor/storage.js';
@@ -48,17 +48,9 @@ export class WeightReader {
       this.files.set(location.file, file);
     }
     const storage = file;
+    const read = device === 'cpu' ? readHere : readThere;
     const tensor = detachFromScope(
-      scope(() => {
-        const view = new Tensor({
-          storage: storage.retain(),
-          dtype: stored,
-          shape: location.shape,
-          byteOffset: location.begin,
-        });
-        const copy = withTag('weights', () => copyOf(view, dtype));
-        return device === 'cpu' ? copy : withTag('weights', () => to(copy, { device }));
-      }),
+      scope(() => withTag('weights', () => read(storage, location, stored, dtype, device))),
     );
     this.latest = tensor;
     return tensor;
@@ -81,7 +73,20 @@ export class WeightReader {
   }
 }
 
-const copyOf = (view: Tensor, dtype: DType): Tensor => (view.dtype === dtype ? clone(view) : cast(view, dtype));
+type Read = (file: Storage, location: TensorLocation, stored: DType, dtype: DType, device: Device) => Tensor;
+
+/** On the CPU the file is memory: a tensor over it, copied or cast. */
+const readHere: Read = (file, { shape, begin }, stored, dtype) => {
+  const view = new Tensor({ storage: file.retain(), dtype: stored, shape, byteOffset: begin });
+  return stored === dtype ? clone(view) : cast(view, dtype);
+};
+
+/** On another device the file's bytes go there as they are, and are cast there. */
+const readThere: Read = (file, { shape, begin }, stored, dtype, device) => {
+  const raw = Tensor.empty(shape, { dtype: stored, device });
+  if (raw.storage.bytes > 0) raw.storage.readFrom(file, begin, raw.storage.bytes);
+  return stored === dtype ? raw : cast(raw, dtype);
+};
 
 /** A tensor as a source for the safetensors writer, cast to `dtype` when its turn comes. */
 export function tensorSource(name: string, tensor: Tensor, dtype: DType): TensorSource {

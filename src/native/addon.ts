@@ -12,6 +12,30 @@ export interface KernelSignature {
   attributes: string;
 }
 
+export interface CudaDevice {
+  name: string;
+  /** Bytes. */
+  memory: number;
+  /** 80, 90, ... for 8.0, 9.0, ... */
+  capability: number;
+  /** Why it cannot be used; absent where it can. */
+  reason?: string;
+}
+
+/** What CUDA is here. Versions are 13000 for 13.0; 0 where there is no driver, or no CUDA in this build. */
+export interface CudaInfo {
+  /** Whether this build contains the CUDA backend. */
+  built: boolean;
+  available: boolean;
+  reason?: string;
+  remedy?: string;
+  driver: number;
+  runtime: number;
+  /** The file of cuBLAS. */
+  cublas?: string;
+  devices: CudaDevice[];
+}
+
 /** The typed boundary. Handles and streams are numbers; bytes are Uint8Arrays. */
 export interface Addon {
   commands: Float64Array;
@@ -23,6 +47,15 @@ export interface Addon {
   mapFile(stream: number, path: string): number;
   submit(): void;
   upload(stream: number, handle: number, byteOffset: number, bytes: Uint8Array): void;
+  uploadMapped(
+    stream: number,
+    handle: number,
+    byteOffset: number,
+    fileStream: number,
+    fileHandle: number,
+    fileOffset: number,
+    bytes: number,
+  ): void;
   download(stream: number, handle: number, byteOffset: number, target: Uint8Array): Promise<Uint8Array>;
   downloadSync(stream: number, handle: number, byteOffset: number, target: Uint8Array): void;
   synchronize(stream: number): void;
@@ -36,7 +69,7 @@ export interface Addon {
   describe(): {
     isa: string;
     cpuFeatures: string[];
-    cuda: { available: boolean; reason?: string; remedy?: string };
+    cuda: CudaInfo;
   };
 }
 

@@ -1,6 +1,6 @@
 // What this machine and this build can do: the facts behind `keelgrad info`.
 import { availableParallelism } from 'node:os';
-import { addon, addonPath } from './addon.js';
+import { addon, addonPath, type CudaInfo } from './addon.js';
 
 export interface RuntimeInfo {
   addon: string;
@@ -8,7 +8,7 @@ export interface RuntimeInfo {
   cpuFeatures: string[];
   threads: number;
   hardwareThreads: number;
-  cuda: { available: boolean; reason?: string; remedy?: string };
+  cuda: CudaInfo;
 }
 
 /** Facts about the loaded native layer. */

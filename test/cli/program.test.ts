@@ -42,7 +42,30 @@ const info: RuntimeInfo = {
   cpuFeatures: ['avx2', 'fma'],
   threads: 2,
   hardwareThreads: 4,
-  cuda: { available: false, reason: 'no driver', remedy: 'install one' },
+  cuda: {
+    built: true,
+    available: false,
+    reason: 'no driver',
+    remedy: 'install one',
+    driver: 0,
+    runtime: 13000,
+    devices: [],
+  },
+};
+
+const withGpu: RuntimeInfo = {
+  ...info,
+  cuda: {
+    built: true,
+    available: true,
+    driver: 13010,
+    runtime: 13000,
+    cublas: '/x/libcublasLt.so.13',
+    devices: [
+      { name: 'NVIDIA H100', memory: 80 * 2 ** 30, capability: 90 },
+      { name: 'Tesla T4', memory: 16 * 2 ** 30, capability: 75, reason: 'Tesla T4 has compute capability 7.5' },
+    ],
+  },
 };
 
 interface Session {
@@ -312,8 +335,15 @@ describe('demo and info', () => {
     expect(code).toBe(0);
     expect(out).toMatch(/^keelgrad +\d/m);
     expect(out).toMatch(/^kernels +avx512$/m);
-    expect(out).toMatch(/^cuda +not available: no driver\n +install one$/m);
+    expect(out).toMatch(/^cuda +not available: no driver\n +install one\n +built with CUDA 13\.0; no driver$/m);
     expect(JSON.parse((await run(['info', '--json'])).out).native).toStrictEqual(info);
+  });
+
+  it('describes the GPUs, usable or not', async () => {
+    const { out } = await run(['info'], { runtimeInfo: async () => withGpu });
+    expect(out).toMatch(/^cuda +available\n +built with CUDA 13\.0; a driver for 13\.1$/m);
+    expect(out).toMatch(/^cuda:0 +NVIDIA H100, 80\.0 GiB, compute capability 9\.0$/m);
+    expect(out).toMatch(/^cuda:1 +Tesla T4, .*not usable: Tesla T4 has compute capability 7\.5$/m);
   });
 
   it('still prints versions when the native layer does not load', async () => {
