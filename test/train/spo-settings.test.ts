@@ -1,8 +1,11 @@
 // One outer iteration of SPO against the recorded settings: F, its parts, its gradient, its terms; and what it is not.
 import { describe, expect, it } from 'vitest';
+import type { PreferenceExample } from '../../src/data/tokenize.js';
 import type { PreferenceLossName } from '../../src/objectives/index.js';
 import { preferenceLoss } from '../../src/objectives/index.js';
+import { scope } from '../../src/tensor/scope.js';
 import type { Metrics } from '../../src/train/hooks.js';
+import { PreferenceObjective } from '../../src/train/preference-objective.js';
 import { SpoTask, type SpoTaskOptions } from '../../src/train/spo-task.js';
 import { Trainable } from '../../src/train/task.js';
 import {
@@ -28,6 +31,11 @@ interface Evaluation {
   readonly gradient: Tensors;
 }
 
+const referenceOf = (examples: readonly PreferenceExample[]) => ({
+  chosen: Float64Array.from(examples, (e) => e.refChosenLogp!),
+  rejected: Float64Array.from(examples, (e) => e.refRejectedLogp!),
+});
+
 /** What one step measures and accumulates, for the batch taken as these micro-batches. */
 async function evaluate(
   name: ModelName,
@@ -37,12 +45,8 @@ async function evaluate(
 ): Promise<Evaluation> {
   using model = await openSpoModel(name, dtype);
   const examples = examplesOf(name);
-  const reference = {
-    chosen: Float64Array.from(examples, (e) => e.refChosenLogp!),
-    rejected: Float64Array.from(examples, (e) => e.refRejectedLogp!),
-  };
   const trainable = new Trainable(model, both);
-  const task = new SpoTask(trainable, examples, reference, options, () => model.backbone);
+  const task = new SpoTask(trainable, examples, referenceOf(examples), options, () => model.backbone);
   const { losses, metrics } = await task.accumulate({ step: 0, microBatches });
   const buffers = both.flatMap((g) => [...trainable.gradients.get(g)!.buffers.values()]);
   const gradient = onHost(namesOf(model), buffers);
@@ -244,8 +248,16 @@ describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
     ['dpo', 'sigmoid'],
     ['ipo', 'ipo_sum'],
     ['ipo_mean', 'ipo'],
+    ['hinge', 'hinge'],
     ['robust', 'robust'],
+    ['cdpo', 'cdpo'],
+    ['simpo', 'simpo'],
   ];
+  it('covers every recorded loss', () => {
+    const recorded = readSpo('qwen2', 'losses.json').losses.map(({ loss }: { loss: string }) => loss);
+    expect(losses.map(([name]) => name)).toEqual(recorded);
+  });
+
   describe.each(losses)('with the loss %s', (recorded, lossType) => {
     const goldenLoss = () => {
       const { setting, losses: all } = readSpo('qwen2', 'losses.json');
@@ -254,6 +266,7 @@ describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
         beta: golden.beta,
         lossType,
         ...(golden.label_smoothing !== undefined && { labelSmoothing: golden.label_smoothing }),
+        ...(golden.simpo_gamma !== undefined && { simpoGamma: golden.simpo_gamma }),
       };
       return { setting, golden, loss };
     };
@@ -269,6 +282,34 @@ describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
       for (const block of ['total', 'theta', 'phi'] as const)
         expect(Math.abs(found[block] / golden.grad_norms_L_pref[block] - 1)).toBeLessThan(1e-11);
     });
+
+    it.each(['float64', 'float32'] as const)(
+      'dL/dlog π of every sequence in %s: what training seeds',
+      async (dtype) => {
+        const { golden, loss } = goldenLoss();
+        using model = await openSpoModel('qwen2', dtype);
+        const examples = examplesOf('qwen2');
+        const objective = new PreferenceObjective(model, examples, referenceOf(examples), loss);
+        const bySequence = scope(() => {
+          const step = objective.begin([[0, 1, 2, 3]], [1]);
+          const batch = objective.batch([0, 1, 2, 3]);
+          using layout = batch.packed.layout;
+          const { ids, targets } = batch.tensors;
+          const out = model.logProbs(model.parameters, ids, layout, targets, { statistics: true });
+          const found = objective.coefficients(step, 0, batch, out.logProbs, out.statistics!);
+          expect(byMax1(found.loss.item(), golden.L_pref)).toBeLessThan(tolerances[dtype].value);
+          const perToken = found.tokens.dataSync();
+          return Array.from(batch.packed.lengths, (_, s) => [
+            ...new Set(Array.from(perToken).filter((_, n) => batch.packed.sequences[n] === s)),
+          ]);
+        });
+        expect(bySequence.every((values) => values.length === 1)).toBe(true);
+        const expected: number[] = [...golden.dL_dlogp_w, ...golden.dL_dlogp_l];
+        expected.forEach((value, s) => {
+          expect(Math.abs(bySequence[s][0] - value)).toBeLessThan(tolerances[dtype].value);
+        });
+      },
+    );
 
     it.each(['float64', 'float32'] as const)('F and its gradient in %s', async (dtype) => {
       const { setting, golden, loss } = goldenLoss();
