@@ -84,3 +84,21 @@ export function owned<T extends readonly (Tensor | null)[]>(f: () => T): { [K in
     for (const t of inside) t.dispose();
   }
 }
+
+/** Like scope, for what outlives it: everything created inside belongs to the caller, until `release`. */
+export function collected<T>(f: () => T): { result: T; release(): void } {
+  const outer = current;
+  const inside = new Set<Tensor>();
+  const release = (): void => {
+    for (const t of inside) t.dispose();
+  };
+  current = inside;
+  try {
+    return { result: f(), release };
+  } catch (error) {
+    release();
+    throw error;
+  } finally {
+    current = outer;
+  }
+}

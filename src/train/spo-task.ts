@@ -1,52 +1,37 @@
 // Stable Preference Optimization as a task of the loop: Algorithm 1 (spo.md §2), one outer iteration a step.
 //
 // The batch is the whole batch of the optimizer step: the lower level sees all of it, whatever the accumulation. Dropout is off.
-import { differentiate } from '../autograd/tape.js';
-import { chosenSequences, packSequences, sequenceOf, uploadBatch } from '../data/packing.js';
+import { GradientBuffers } from '../autograd/sinks.js';
 import type { PreferenceExample } from '../data/tokenize.js';
-import type { ModelParameters } from '../models/parameters.js';
-import { sequenceLogProbs } from '../objectives/logprobs.js';
-import { addRegularizer, type RegularizerProblem, type RegularizerValue } from '../objectives/regularizer.js';
-import { type SftReduction, sftLoss } from '../objectives/sft.js';
+import { KeelgradError } from '../errors.js';
+import { type RegularizerValue, regularizerValue } from '../objectives/regularizer.js';
+import type { SftReduction } from '../objectives/sft.js';
 import { spoObjective } from '../objectives/spo.js';
-import { add, mul } from '../ops/elementwise.js';
-import { onesLike } from '../ops/movement.js';
-import { sum } from '../ops/reduce.js';
+import { firstStep } from '../optim/bilevel/first-step.js';
 import { descend } from '../optim/bilevel/lower-level.js';
-import { accumulationDType } from '../tensor/dtype.js';
-import { scope } from '../tensor/scope.js';
+import { collected, detachFromScope, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { averageMetrics, quiet, total } from './batch-metrics.js';
 import type { Metrics } from './hooks.js';
-import { pairLogProbs } from './preference-batch.js';
 import { PreferenceObjective, type PreferenceSettings, type PreferenceStep } from './preference-objective.js';
 import type { PreferenceReference } from './reference.js';
-import {
-  type GroupName,
-  replaceGroups,
-  type StepInput,
-  type StepMeasurement,
-  type Task,
-  type Trainable,
-  tensorsOf,
-} from './task.js';
+import { both, type MainPass, type Part, type SftTotals, SpoPasses } from './spo-passes.js';
+import type { GroupName, StepInput, StepMeasurement, Task, Trainable } from './task.js';
 
 export type SpoTaskOptions = PreferenceSettings & {
   lambda: number;
   gamma: number;
   lowerSteps: number;
   lowerLearningRate: number;
+  /** Whose gradients the regularizer's norms run over. */
   normOver: 'all' | GroupName;
   sftReduction: SftReduction;
+  /** The regularizer's norms divided by the length of the response: for losses that are normalized by length. */
+  normPerToken?: boolean;
 };
 
-/** Divisors of the step's L_SFT: of all micro-batches together. */
-interface SftTotals {
-  tokens: number;
-  sequences: number;
-}
-
-const both: readonly GroupName[] = ['backbone', 'adapters'];
+/** Pairs that a recorded pass keeps in memory at a time: the derivatives of their norms need all of their activations. */
+const PAIRS_AT_A_TIME = 1;
 
 export class SpoTask implements Task {
   readonly trainable: Trainable;
@@ -54,9 +39,15 @@ export class SpoTask implements Task {
   private readonly objective: PreferenceObjective;
   private readonly options: SpoTaskOptions;
   private readonly masters: () => ReadonlyMap<string, Tensor>;
+  private readonly passes: SpoPasses;
+  /** Groups that the regularizer's norms run over. */
+  private readonly normGroups: ReadonlySet<string>;
   private seenTokens = 0;
 
-  /** @param masters the backbone in its master dtype: where the lower level starts from */
+  /**
+   * @param masters the backbone in its master dtype: where the lower level starts from
+   * @throws KeelgradError where the regularizer's norms would run over no parameters
+   */
   constructor(
     trainable: Trainable,
     examples: readonly PreferenceExample[],
@@ -69,6 +60,12 @@ export class SpoTask implements Task {
     this.objective = new PreferenceObjective(trainable.model, examples, reference, options);
     this.options = options;
     this.masters = masters;
+    this.passes = new SpoPasses(trainable, examples, this.objective, options);
+    this.normGroups = new Set(options.normOver === 'all' ? both : [options.normOver]);
+    if (options.gamma > 0 && [...this.normGroups].every((g) => !trainable.gradients.get(g as GroupName)?.buffers.size))
+      throw new KeelgradError(
+        `norm over ${options.normOver}: expected parameters to take the regularizer's norms over, found none; use all, or gamma 0`,
+      );
   }
 
   records({ microBatches }: StepInput): number[] {
@@ -76,54 +73,179 @@ export class SpoTask implements Task {
   }
 
   async accumulate({ microBatches }: StepInput): Promise<StepMeasurement> {
-    const { lambda, gamma, lowerSteps } = this.options;
-    const pairs = microBatches.flat().length;
+    const { lambda, gamma } = this.options;
     const totals = this.sftTotals(microBatches);
-    // Without steps θ_K is θ: term (b) vanishes by the same route. With λ = 0 as well there is nothing to compute.
-    const shares = microBatches.map((indices) => indices.length / pairs);
-    let stepMetrics: PreferenceStep['metrics'] | undefined;
-    const { optimum, parts } = scope(() => {
-      const step = this.objective.begin(microBatches, shares);
-      stepMetrics = step.metrics;
-      return {
-        optimum: lowerSteps > 0 || lambda > 0 ? this.lowerLevel(microBatches, totals) : null,
-        parts: microBatches.map((indices, micro) => scope(() => this.upperLevel(indices, micro, step, totals))),
-      };
-    });
-    const dpo = parts.map((p) => p.dpo);
-    const sft = parts.map((p) => p.sft);
-    const losses = [...dpo, ...sft, ...(optimum ?? [])];
-    const seen = this.seenTokens;
-    const sums = [total(dpo), total(sft), total(optimum ?? sft)];
-    const reads = quiet(Promise.all([Promise.all(sums), stepMetrics, Promise.all(parts.map((p) => p.metrics))]));
-    let regularizer: RegularizerValue | null = null;
+    const chunks = gamma > 0 ? microBatches.map((m) => chunked(m, PAIRS_AT_A_TIME)) : microBatches.map((m) => [m]);
+    const begun = this.begin(chunks.flat());
+    const step = begun.result;
+    const parts = chunks.flat().map((indices, micro): Part => ({ indices, micro, step, totals }));
+    const done = new Outcome();
     try {
-      regularizer = gamma > 0 ? await this.regularizer(microBatches.flat()) : null;
+      // LD-DPO weighs the tokens of a response: its gradient is none of the sequences'. DPO itself has its own bits.
+      const apart = (this.options.ldAlpha ?? 1) !== 1 || (lambda === 0 && gamma === 0);
+      if (apart) await this.passesApart(parts, microBatches, totals, done);
+      else await this.passesShared(parts, microBatches, totals, done);
     } catch (error) {
-      for (const t of losses) t.dispose();
+      done.dispose();
       throw error;
+    } finally {
+      begun.release();
     }
-    const metrics = reads.then(([[dpoValue, sftValue, sftStar], ofStep, measured]): Metrics => {
-      const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer?.value ?? 0 };
-      return {
-        loss: spoObjective(values, { lambda, gamma }),
-        'spo/dpo': dpoValue,
-        'spo/sft': sftValue,
-        'spo/sft_star': sftStar,
-        'spo/sft_gap': sftValue - sftStar,
-        'spo/regularizer': values.regularizer,
-        ...(regularizer ? regularizerMetrics(regularizer) : {}),
-        ...averageMetrics(measured),
-        ...ofStep,
-        num_tokens: seen,
-      };
-    });
-    return { losses, metrics };
+    return { losses: done.losses, metrics: quiet(this.metrics(done, step, chunks)) };
   }
 
   dispose(): void {
     this.objective.dispose();
   }
+
+  /** The step's loss over its parts, which holds tensors until it is released. */
+  private begin(parts: readonly (readonly number[])[]): { result: PreferenceStep; release(): void } {
+    const pairs = parts.flat().length;
+    const shares = parts.map((indices) => indices.length / pairs);
+    return collected(() => this.objective.begin(parts, shares));
+  }
+
+  /** L_DPO, L_SFT, the first step of the lower level and the norms from one pass a part; then L*_SFT. */
+  private async passesShared(
+    parts: readonly Part[],
+    microBatches: StepInput['microBatches'],
+    totals: SftTotals,
+    done: Outcome,
+  ): Promise<void> {
+    const { model } = this.trainable;
+    const { gamma, lowerSteps, lambda } = this.options;
+    using first = lowerSteps > 0 ? new Disposable(new GradientBuffers(model.backbone)) : null;
+    first?.of.zero();
+    const second = first?.of.buffers ?? null;
+    for (const part of parts) {
+      if (gamma > 0) await this.regularized(part, second, true, done);
+      else done.add(scope(() => this.passes.shared(part, second)));
+    }
+    if (second) scope(() => this.lowerLevelFrom(second, microBatches, totals, done));
+    else if (lambda > 0) scope(() => this.lowerOptimum(model.backbone, microBatches, totals, done));
+  }
+
+  /** The order of Algorithm 1: θ̂ and L*_SFT first, then one pass a part with the whole cotangent. */
+  private async passesApart(
+    parts: readonly Part[],
+    microBatches: StepInput['microBatches'],
+    totals: SftTotals,
+    done: Outcome,
+  ): Promise<void> {
+    const { gamma, lowerSteps, lambda } = this.options;
+    if (lowerSteps > 0 || lambda > 0) scope(() => this.lowerLevel(microBatches, totals, done));
+    for (const part of parts) done.add(scope(() => this.passes.plain(part)));
+    if (gamma > 0) for (const part of parts) await this.regularized(part, null, false, done);
+  }
+
+  // ---- lower level --------------------------------------------------------------------------------------------------
+
+  /** ∇_θ L_SFT(θ, φ) of the whole step into zeroed buffers. */
+  private lowerGradient(
+    theta: Map<string, Tensor>,
+    buffers: GradientBuffers,
+    microBatches: StepInput['microBatches'],
+    totals: SftTotals,
+  ): ReadonlyMap<string, Tensor> {
+    const parameters = { ...this.trainable.model.parameters, backbone: theta };
+    const into = { buffers: buffers.buffers, scale: 1 };
+    buffers.zero();
+    for (const indices of microBatches) this.passes.sft(indices, parameters, 'backbone', into, totals).dispose();
+    return buffers.buffers;
+  }
+
+  /** θ̂ from the gradient of its first step, which is overwritten; then step 2 of Algorithm 1. */
+  private lowerLevelFrom(
+    gradient: ReadonlyMap<string, Tensor>,
+    microBatches: StepInput['microBatches'],
+    totals: SftTotals,
+    done: Outcome,
+  ): void {
+    const { model } = this.trainable;
+    const { lowerSteps, lowerLearningRate: learningRate } = this.options;
+    const first = firstStep(gradient, this.masters(), model.backbone, learningRate);
+    using _ = new Disposable({ dispose: () => first.release() });
+    if (lowerSteps === 1) {
+      this.lowerOptimum(first.theta, microBatches, totals, done);
+      return;
+    }
+    using buffers = new Disposable(new GradientBuffers(model.backbone));
+    const next = (theta: Map<string, Tensor>): ReadonlyMap<string, Tensor> =>
+      this.lowerGradient(theta, buffers.of, microBatches, totals);
+    const solution = descend(first.theta, first.masters, next, { steps: lowerSteps - 1, learningRate });
+    using _solution = new Disposable({ dispose: () => solution.release() });
+    this.lowerOptimum(solution.theta, microBatches, totals, done);
+  }
+
+  /** Steps 1 and 2 of Algorithm 1 by themselves; leaves the backbone's buffers zeroed. */
+  private lowerLevel(microBatches: StepInput['microBatches'], totals: SftTotals, done: Outcome): void {
+    const { model, gradients } = this.trainable;
+    const { lowerSteps: steps, lowerLearningRate: learningRate } = this.options;
+    const buffers = gradients.get('backbone')!;
+    const next = (theta: Map<string, Tensor>): ReadonlyMap<string, Tensor> =>
+      this.lowerGradient(theta, buffers, microBatches, totals);
+    const solution = descend(model.backbone, this.masters(), next, { steps, learningRate });
+    using _ = new Disposable({ dispose: () => solution.release() });
+    buffers.zero();
+    this.lowerOptimum(solution.theta, microBatches, totals, done);
+  }
+
+  /** L*_SFT(φ) = L_SFT(θ_K, φ), with -λ ∇_φ of it added to the adapters' buffers. */
+  private lowerOptimum(
+    theta: Map<string, Tensor>,
+    microBatches: StepInput['microBatches'],
+    totals: SftTotals,
+    done: Outcome,
+  ): void {
+    const { model, gradients } = this.trainable;
+    const parameters = { ...model.parameters, backbone: theta };
+    const into = { buffers: gradients.get('adapters')!.buffers, scale: -this.options.lambda };
+    for (const indices of microBatches) done.star(this.passes.sft(indices, parameters, 'adapters', into, totals));
+  }
+
+  // ---- regularizer --------------------------------------------------------------------------------------------------
+
+  /** A pass with norms; only where a pair is active, γ ∇R of it is added to the buffers. */
+  private async regularized(
+    part: Part,
+    second: ReadonlyMap<string, Tensor> | null,
+    accumulate: boolean,
+    done: Outcome,
+  ): Promise<void> {
+    const pass = scope(() => this.passes.recorded(part, second, accumulate));
+    try {
+      if (accumulate) done.add(pass);
+      else for (const t of [pass.dpo, pass.sft]) t.dispose();
+      const groups = [...pass.recorded.squaredNorms].filter(([group]) => this.normGroups.has(group));
+      const squares = await Promise.all(groups.map(([, t]) => t.data()));
+      const norms = Array.from(squares[0], (_, s) => Math.sqrt(squares.reduce((n, values) => n + values[s], 0)));
+      const coefficients = this.normCoefficients(part, norms, done);
+      if (coefficients.some((c) => c !== 0)) pass.recorded.addSquareGradients(coefficients, this.normGroups);
+    } finally {
+      pass.dispose();
+    }
+  }
+
+  /** Of the squared norms in γ R: γ/B (‖g_w‖ - ‖g_l‖) where that is positive (Eq. 77), by ∇‖g‖ = ∇‖g‖² / 2‖g‖. */
+  private normCoefficients({ indices, totals }: Part, norms: readonly number[], done: Outcome): number[] {
+    const { gamma, normPerToken } = this.options;
+    const count = indices.length;
+    const length = (s: number): number => {
+      const { promptIds, chosenIds, rejectedIds } = this.examples[indices[s % count]];
+      return (s < count ? chosenIds : rejectedIds).length - (promptIds.length === 0 ? 1 : 0);
+    };
+    const divisors = norms.map((_, s) => (normPerToken ? length(s) : 1));
+    const scaled = norms.map((n, s) => n / divisors[s]);
+    done.norms(scaled.slice(0, count), scaled.slice(count));
+    return norms.map((norm, s) => {
+      const pair = s % count;
+      if (!(scaled[pair] > scaled[count + pair]) || norm === 0) return 0;
+      const sign = s < count ? 1 : -1;
+      return (sign * gamma) / (totals.sequences * divisors[s] * 2 * norm);
+    });
+  }
+
+  // ---- metrics ------------------------------------------------------------------------------------------------------
 
   private sftTotals(microBatches: StepInput['microBatches']): SftTotals {
     const indices = microBatches.flat();
@@ -132,115 +254,91 @@ export class SpoTask implements Task {
     return { tokens: indices.reduce((n, i) => n + scored(i), 0), sequences: indices.length };
   }
 
-  /** One micro-batch's share of L_SFT(θ, φ) on the chosen responses, its gradient for `groups` times `scale` accumulated. */
-  private sftGradient(
-    indices: readonly number[],
-    parameters: ModelParameters,
-    groups: readonly GroupName[],
-    scale: number,
-    totals: SftTotals,
-  ): Tensor {
-    const { trainable } = this;
-    const { model } = trainable;
-    const batch = packSequences(chosenSequences(indices.map((i) => this.examples[i])));
-    using layout = batch.layout;
-    return scope(() => {
-      const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
-      const { result } = differentiate(
-        tensorsOf(parameters, groups),
-        (tracked) => {
-          const p = replaceGroups(parameters, groups, tracked);
-          const { logProbs } = model.logProbs(p, tensors.ids, layout, tensors.targets);
-          const sums = sequenceLogProbs(logProbs, tensors.sequences, batch.lengths.length);
-          return sftLoss(sums, { reduction: this.options.sftReduction, ...totals });
-        },
-        (value) => [{ tensor: value, cotangent: onesLike(value) }],
-        { sinks: groups.flatMap((g) => trainable.gradients.get(g)!.sinks(scale)) },
-      );
-      return result.detach();
+  private metrics(done: Outcome, step: PreferenceStep, chunks: readonly (readonly unknown[])[]): Promise<Metrics> {
+    const { lambda, gamma } = this.options;
+    this.seenTokens += done.tokens;
+    const seen = this.seenTokens;
+    const { dpo, sft, optimum } = done;
+    const sums = Promise.all([total(dpo), total(sft), total(optimum.length > 0 ? optimum : sft)]);
+    const parts = Promise.all(done.measured);
+    const regularizer = gamma > 0 ? done.regularizer() : null;
+    return Promise.all([sums, step.metrics, parts]).then(([[dpoValue, sftValue, sftStar], ofStep, measured]) => {
+      const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer?.value ?? 0 };
+      let at = 0;
+      const byMicroBatch = chunks.map((c) => {
+        at += c.length;
+        return averageMetrics(measured.slice(at - c.length, at));
+      });
+      return {
+        loss: spoObjective(values, { lambda, gamma }),
+        'spo/dpo': dpoValue,
+        'spo/sft': sftValue,
+        'spo/sft_star': sftStar,
+        'spo/sft_gap': sftValue - sftStar,
+        'spo/regularizer': values.regularizer,
+        ...(regularizer ? regularizerMetrics(regularizer) : {}),
+        ...averageMetrics(byMicroBatch),
+        ...ofStep,
+        num_tokens: seen,
+      };
     });
   }
+}
 
-  /**
-   * Steps 1 and 2 of Algorithm 1: θ̂ by gradient steps on L_SFT, then -λ ∇_φ L_SFT(θ̂, φ) into the adapters' buffers. Leaves
-   * the backbone's buffers zeroed; returns the micro-batches' shares of L*_SFT.
-   */
-  private lowerLevel(microBatches: StepInput['microBatches'], totals: SftTotals): Tensor[] {
-    const { model, gradients } = this.trainable;
-    const { lambda, lowerSteps: steps, lowerLearningRate: learningRate } = this.options;
-    const backbone = gradients.get('backbone')!;
-    const solution = descend(
-      model.backbone,
-      this.masters(),
-      (theta) => {
-        backbone.zero();
-        const parameters = { ...model.parameters, backbone: theta };
-        for (const indices of microBatches) this.sftGradient(indices, parameters, ['backbone'], 1, totals).dispose();
-        return backbone.buffers;
-      },
-      { steps, learningRate },
-    );
-    try {
-      const parameters = { ...model.parameters, backbone: solution.theta };
-      return microBatches.map((indices) => this.sftGradient(indices, parameters, ['adapters'], -lambda, totals));
-    } finally {
-      solution.release();
-      backbone.zero();
-    }
+/** What a step's passes leave behind. */
+class Outcome {
+  readonly dpo: Tensor[] = [];
+  readonly sft: Tensor[] = [];
+  readonly optimum: Tensor[] = [];
+  readonly measured: Promise<Record<string, number>>[] = [];
+  tokens = 0;
+  private readonly chosen: number[] = [];
+  private readonly rejected: number[] = [];
+
+  add(pass: MainPass): void {
+    this.dpo.push(pass.dpo);
+    this.sft.push(pass.sft);
+    this.measured.push(quiet(pass.metrics));
+    this.tokens += pass.tokens;
   }
 
-  /** Step 3: L_DPO + λ L_SFT of one micro-batch at (θ, φ) from one forward pass, gradients of both groups accumulated. */
-  private upperLevel(
-    indices: readonly number[],
-    micro: number,
-    step: PreferenceStep,
-    totals: SftTotals,
-  ): { dpo: Tensor; sft: Tensor; metrics: Promise<Record<string, number>> } {
-    const { trainable, options, objective } = this;
-    const { model, groups } = trainable;
-    const batch = objective.batch(indices);
-    using _ = batch.packed.layout;
-    const { result } = differentiate(
-      tensorsOf(model.parameters, groups),
-      (tracked) => {
-        const out = pairLogProbs(model, replaceGroups(model.parameters, groups, tracked), batch);
-        const dpo = step.loss(micro, out.pairs);
-        const chosen = out.pairs.chosenUnweighted ?? out.pairs.chosen;
-        const sft = sftLoss(chosen, { reduction: options.sftReduction, ...totals });
-        return { ...out, dpo, sft, value: add(dpo, mul(sft, options.lambda)) };
-      },
-      ({ value }) => [{ tensor: value, cotangent: onesLike(value) }],
-      { sinks: groups.flatMap((g) => trainable.gradients.get(g)!.sinks()) },
-    );
-    this.seenTokens += batch.packed.tokens;
-    const metrics = objective.metrics(batch, result);
-    return { dpo: result.dpo.detach(), sft: result.sft.detach(), metrics };
+  star(value: Tensor): void {
+    this.optimum.push(detachFromScope(value));
   }
 
-  /** Step 4: γ ∇R into the buffers of both groups. */
-  private regularizer(indices: readonly number[]): Promise<RegularizerValue> {
-    const { model, gradients } = this.trainable;
-    const { gamma, normOver } = this.options;
-    const variables = tensorsOf(model.parameters, both);
-    const inBackbone = model.backbone.size;
-    const problem: RegularizerProblem = {
-      variables,
-      normOver: variables.map((_, i) => normOver === 'all' || (normOver === 'backbone') === i < inBackbone),
-      logProb: (values, sequence) => this.sequenceLogProb(indices, values, sequence),
-    };
-    const buffers = both.flatMap((g) => [...gradients.get(g)!.buffers.values()]);
-    return addRegularizer(problem, indices.length, gamma, buffers);
+  norms(chosen: readonly number[], rejected: readonly number[]): void {
+    this.chosen.push(...chosen);
+    this.rejected.push(...rejected);
   }
 
-  private sequenceLogProb(indices: readonly number[], variables: readonly Tensor[], sequence: number): Tensor {
-    const { model } = this.trainable;
-    const { promptIds, chosenIds, rejectedIds } = this.examples[indices[sequence % indices.length]];
-    const batch = packSequences([sequenceOf(promptIds, sequence < indices.length ? chosenIds : rejectedIds)]);
-    using layout = batch.layout;
-    const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
-    const p = replaceGroups(model.parameters, both, variables);
-    return sum(model.logProbs(p, tensors.ids, layout, tensors.targets).logProbs);
+  regularizer(): RegularizerValue {
+    return regularizerValue(this.chosen, this.rejected);
   }
+
+  get losses(): Tensor[] {
+    return [...this.dpo, ...this.sft, ...this.optimum];
+  }
+
+  dispose(): void {
+    for (const t of this.losses) t.dispose();
+  }
+}
+
+/** Something to be disposed of at the end of a block. */
+class Disposable<T extends { dispose(): void }> {
+  readonly of: T;
+  constructor(of: T) {
+    this.of = of;
+  }
+  [Symbol.dispose](): void {
+    this.of.dispose();
+  }
+}
+
+function chunked<T>(items: readonly T[], size: number): T[][] {
+  const chunks: T[][] = [];
+  for (let i = 0; i < items.length; i += size) chunks.push(items.slice(i, i + size));
+  return chunks;
 }
 
 const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;

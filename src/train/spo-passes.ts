@@ -1,0 +1,247 @@
+// The passes over a model that a step of SPO is made of (spo.md §2, §5). Each takes some pairs and adds to the gradient
+// buffers; none knows the order of the others.
+import type { SequenceParameter } from '../autograd/sequence-sinks.js';
+import { AccumulatingSink } from '../autograd/sinks.js';
+import { differentiate } from '../autograd/tape.js';
+import { chosenSequences, packSequences, uploadBatch } from '../data/packing.js';
+import type { PreferenceExample } from '../data/tokenize.js';
+import type { ModelParameters } from '../models/parameters.js';
+import { sequenceLogProbs } from '../objectives/logprobs.js';
+import {
+  accumulateSequenceGradients,
+  RecordedGradients,
+  type SequenceProblem,
+} from '../objectives/sequence-gradients.js';
+import { type SftReduction, sftLoss } from '../objectives/sft.js';
+import { add, mul } from '../ops/elementwise.js';
+import type { HeadStatistics } from '../ops/head.js';
+import { gatherRows, onesLike, reshape, stack, unsqueeze } from '../ops/movement.js';
+import { accumulationDType } from '../tensor/dtype.js';
+import { scope } from '../tensor/scope.js';
+import { Tensor } from '../tensor/tensor.js';
+import { type PreferenceBatch, pairLogProbs, pairsOfTokens } from './preference-batch.js';
+import type { PreferenceObjective, PreferenceStep } from './preference-objective.js';
+import { rowPerTarget, streamsOf } from './sequence-batch.js';
+import { type GroupName, replaceGroups, type Trainable, tensorsOf } from './task.js';
+
+export const both: readonly GroupName[] = ['backbone', 'adapters'];
+
+/** Divisors of the step's L_SFT: of all its pairs together. */
+export interface SftTotals {
+  tokens: number;
+  sequences: number;
+}
+
+/** Some pairs of a step: their place among its parts, and the step's loss. */
+export interface Part {
+  indices: readonly number[];
+  micro: number;
+  step: PreferenceStep;
+  totals: SftTotals;
+}
+
+/** What a main pass measured: shares of the step's losses, and the metrics of its pairs. */
+export interface MainPass {
+  dpo: Tensor;
+  sft: Tensor;
+  metrics: Promise<Record<string, number>>;
+  /** Tokens of its sequences. */
+  tokens: number;
+}
+
+/** A main pass whose norms are known and whose derivatives wait. Dispose of it. */
+export interface RecordedPass extends MainPass {
+  recorded: Pick<RecordedGradients<never>, 'squaredNorms' | 'addSquareGradients'>;
+  dispose(): void;
+}
+
+interface Scored {
+  logProbs: Tensor;
+  statistics: HeadStatistics;
+}
+
+/** Gradients for `second`: of L_SFT, for the lower level's first step. */
+type Second = ReadonlyMap<string, Tensor> | null;
+
+export class SpoPasses {
+  private readonly trainable: Trainable;
+  private readonly examples: readonly PreferenceExample[];
+  private readonly objective: PreferenceObjective;
+  private readonly options: { lambda: number; sftReduction: SftReduction };
+
+  constructor(
+    trainable: Trainable,
+    examples: readonly PreferenceExample[],
+    objective: PreferenceObjective,
+    options: { lambda: number; sftReduction: SftReduction },
+  ) {
+    this.trainable = trainable;
+    this.examples = examples;
+    this.objective = objective;
+    this.options = options;
+  }
+
+  /** L_SFT(θ, φ) on the chosen responses, its gradient for `groups` times `scale` added to `sinks`' buffers. */
+  sft(
+    indices: readonly number[],
+    parameters: ModelParameters,
+    group: GroupName,
+    into: { buffers: ReadonlyMap<string, Tensor>; scale: number },
+    totals: SftTotals,
+  ): Tensor {
+    const { model } = this.trainable;
+    const batch = packSequences(chosenSequences(indices.map((i) => this.examples[i])));
+    using layout = batch.layout;
+    return scope(() => {
+      const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
+      const { result } = differentiate(
+        tensorsOf(parameters, [group]),
+        (tracked) => {
+          const p = replaceGroups(parameters, [group], tracked);
+          const { logProbs } = model.logProbs(p, tensors.ids, layout, tensors.targets);
+          const sums = sequenceLogProbs(logProbs, tensors.sequences, batch.lengths.length);
+          return sftLoss(sums, { reduction: this.options.sftReduction, ...totals });
+        },
+        (value) => [{ tensor: value, cotangent: onesLike(value) }],
+        { sinks: [...into.buffers.values()].map((t) => new AccumulatingSink(t, into.scale)) },
+      );
+      return result.detach();
+    });
+  }
+
+  /** L_DPO + λ L_SFT at (θ, φ) in one pass: the whole cotangent, nothing kept apart. */
+  plain({ indices, micro, step, totals }: Part): MainPass {
+    const { model, groups, gradients } = this.trainable;
+    const batch = this.objective.batch(indices);
+    using _ = batch.packed.layout;
+    const { result } = differentiate(
+      tensorsOf(model.parameters, groups),
+      (tracked) => {
+        const out = pairLogProbs(model, replaceGroups(model.parameters, groups, tracked), batch);
+        const dpo = step.loss(micro, out.pairs);
+        const sft = this.sftShare(out.pairs.chosenUnweighted ?? out.pairs.chosen, totals);
+        return { ...out, dpo, sft, value: add(dpo, mul(sft, this.options.lambda)) };
+      },
+      ({ value }) => [{ tensor: value, cotangent: onesLike(value) }],
+      { sinks: groups.flatMap((g) => gradients.get(g)!.sinks()) },
+    );
+    const metrics = this.objective.metrics(batch, result);
+    return { dpo: result.dpo.detach(), sft: result.sft.detach(), metrics, tokens: batch.packed.tokens };
+  }
+
+  /** The same with ∇_θ L_SFT added to `second`, from one pass seeded with 1 for each sequence. */
+  shared(part: Part, second: Second): MainPass {
+    const batch = this.batch(part.indices);
+    using _ = batch.packed.layout;
+    const problem = this.problem(batch, part, { first: true, second });
+    using _streams = problem.streams;
+    const result = accumulateSequenceGradients(problem);
+    return this.measured(batch, problem, result, part);
+  }
+
+  /**
+   * As `shared`, recorded: the squared norms of the sequences' gradients, and their derivatives later. With `accumulate` off
+   * nothing is added to the buffers but those derivatives.
+   */
+  recorded(part: Part, second: Second, accumulate: boolean): RecordedPass {
+    const { gradients } = this.trainable;
+    const batch = this.batch(part.indices);
+    const problem = this.problem(batch, part, { first: accumulate, second });
+    const close = (): void => {
+      problem.streams.dispose();
+      batch.packed.layout.dispose();
+    };
+    try {
+      const sinks = both.flatMap((g) => gradients.get(g)!.sinks());
+      const recorded = new RecordedGradients(problem, sinks);
+      const dispose = (): void => {
+        recorded.dispose();
+        close();
+      };
+      return { ...this.measured(batch, problem, recorded.result, part), recorded, dispose };
+    } catch (error) {
+      close();
+      throw error;
+    }
+  }
+
+  private sftShare(chosen: Tensor, totals: SftTotals): Tensor {
+    return sftLoss(chosen, { reduction: this.options.sftReduction, ...totals });
+  }
+
+  private batch(indices: readonly number[]): PreferenceBatch {
+    const { model } = this.trainable;
+    const batch = this.objective.batch(indices);
+    const packed = rowPerTarget(batch.packed);
+    return { ...batch, packed, tensors: uploadBatch(packed, model.device, accumulationDType(model.dtype)) };
+  }
+
+  private measured(batch: PreferenceBatch, problem: Problem, result: Scored, { totals }: Part): MainPass {
+    const pairs = pairsOfTokens(batch, result.logProbs.detach(), result.statistics);
+    const metrics = this.objective.metrics(batch, { pairs, statistics: result.statistics });
+    const sft = this.sftShare(pairs.chosenUnweighted ?? pairs.chosen, totals);
+    return { dpo: problem.loss!, sft, metrics, tokens: batch.packed.tokens };
+  }
+
+  private problem(batch: PreferenceBatch, part: Part, into: { first: boolean; second: Second }): Problem {
+    const { model } = this.trainable;
+    const { packed, tensors } = batch;
+    const problem: Problem = {
+      loss: null,
+      variables: tensorsOf(model.parameters, both),
+      parameters: this.parameters(into),
+      streams: streamsOf(packed, 'pairs', tensors),
+      secondCount: batch.pairs,
+      forward: (values) => {
+        const p = replaceGroups(model.parameters, both, values);
+        const out = model.logProbs(p, tensors.ids, packed.layout, tensors.targets, { statistics: true });
+        return { logProbs: out.logProbs, statistics: out.statistics! };
+      },
+      coefficients: (result) => {
+        const { loss, bySequence } = this.coefficients(batch, part, result);
+        problem.loss = loss;
+        return bySequence;
+      },
+    };
+    return problem;
+  }
+
+  private parameters({ first, second }: { first: boolean; second: Second }): SequenceParameter[] {
+    const { gradients } = this.trainable;
+    return both.flatMap((group) =>
+      [...gradients.get(group)!.buffers].map(([name, buffer]) => ({
+        name,
+        group,
+        first: first ? buffer : null,
+        second: group === 'backbone' ? (second?.get(name) ?? null) : null,
+      })),
+    );
+  }
+
+  /** The derivatives of L_DPO + λ L_SFT and of L_SFT for the log-probability of each sequence, `[2, S]`. */
+  private coefficients(
+    batch: PreferenceBatch,
+    { micro, step, totals }: Part,
+    { logProbs, statistics }: Scored,
+  ): { loss: Tensor; bySequence: Tensor } {
+    const { device, dtype } = logProbs;
+    const { loss, tokens } = this.objective.coefficients(step, micro, batch, logProbs.detach(), statistics);
+    const lengths = batch.packed.lengths;
+    const divisor = this.options.sftReduction === 'token-mean' ? totals.tokens : totals.sequences;
+    const ofSft = Float64Array.from(lengths, (_, s) => (s < batch.pairs ? -1 / divisor : 0));
+    const sft = Tensor.from(ofSft, { dtype, device });
+    // Tokens of a sequence weigh alike: its first one speaks for it.
+    let start = 0;
+    const firsts = Int32Array.from(lengths, (n) => {
+      start += n;
+      return Math.min(start - n, tokens.size - 1);
+    });
+    const preference = reshape(gatherRows(unsqueeze(tokens, 1), Tensor.from(firsts, { device })), [lengths.length]);
+    return { loss, bySequence: stack([add(preference, mul(sft, this.options.lambda)), sft]) };
+  }
+}
+
+interface Problem extends SequenceProblem<Scored> {
+  /** The part's share of L_DPO, known after the forward pass. */
+  loss: Tensor | null;
+}
