@@ -73,6 +73,10 @@ export interface Addon {
   };
 }
 
+interface Finder {
+  path(root: string): string;
+}
+
 let loaded: Addon | undefined;
 let location = '';
 
@@ -81,9 +85,7 @@ export function addon(): Addon {
   if (loaded) return loaded;
   const require = createRequire(import.meta.url);
   try {
-    const override = process.env.KEELGRAD_ADDON;
-    const load = require('node-gyp-build') as { (root: string): Addon; path(root: string): string };
-    location = override ?? load.path(packageRoot());
+    location = process.env.KEELGRAD_ADDON ?? (require('node-gyp-build') as Finder).path(packageRoot());
     loaded = require(location) as Addon;
   } catch (cause) {
     throw new KeelgradError(
