@@ -45,11 +45,6 @@ KG_GLOBAL void readUnwrittenShared(float* y) {
   KG_SHARED(float, s, kThreads);
   y[threadIdx.x] = s[threadIdx.x];
 }
-KG_GLOBAL void readUnwrittenLocal(float* y) {
-  float local[4];
-  if (y == nullptr) local[threadIdx.x & 3] = 0;
-  y[threadIdx.x] = local[threadIdx.x & 3];
-}
 KG_GLOBAL void deepStack(float* y) {
   volatile float local[200000];
   for (int i = 0; i < 200000; i++) local[199999 - i] = 1;
@@ -293,7 +288,6 @@ const std::map<std::string, std::function<void()>> kFaults = {
     {"wild pointer", hiddenHostPointer},
     {"unwritten device memory", readUnwritten},
     {"unwritten shared memory", [] { shared(0, readUnwrittenShared); }},
-    {"unwritten local", [] { shared(0, readUnwrittenLocal); }},
     {"local arrays too large", [] { shared(0, deepStack); }},
     {"barriers in place", [] { withInts(1, mirror<Missing::Nothing>); }},
     {"missing barrier after a write", [] { withInts(1, mirror<Missing::AfterWrite>); }},
