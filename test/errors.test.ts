@@ -13,6 +13,14 @@ describe('suggest', () => {
     ['loar-alpha', 'lora-alpha'],
   ])('%s -> %s', (name, expected) => expect(suggest(name, names)).toBe(expected));
 
+  it('knows abbreviations, the shortest name first', () => {
+    expect(suggest('mstps', names)).toBe('max-steps');
+    expect(suggest('--lra', ['loss-ratio', 'learning-rate', 'lora'])).toBe('lora');
+    expect(suggest('lrnrt', names)).toBe('learning-rate');
+    expect(suggest('bsz', names)).toBeUndefined();
+    expect(suggest('br', ['bar-more'])).toBeUndefined();
+  });
+
   it('keeps silent when nothing is near', () => {
     expect(suggest('zzz', names)).toBeUndefined();
     expect(didYouMean('zzz', names)).toBe('');

@@ -229,6 +229,7 @@ function readStringPair(
 /** Reads one preference record. */
 export function readPreferenceRecord(record: RawRecord): PreferenceRecord {
   const reader = new RecordReader(record);
+  if (isLabelled(record)) throw reader.fail('expected a pair (chosen and rejected), found a completion with its label');
   const byIds = ['prompt_ids', 'chosen_ids', 'rejected_ids'].some((name) => reader.has(name));
   if (!byIds && !(reader.has('chosen') && reader.has('rejected'))) throw reader.unknownForm(PAIR_FORMS, PAIR_FIELDS);
   const [refChosenLogp, refRejectedLogp] = [reader.number('ref_chosen_logps'), reader.number('ref_rejected_logps')];

@@ -2,11 +2,12 @@
 
 import { describe, expect, it } from 'vitest';
 import { recordsFrom } from '../../src/data/reader.js';
-import { readPreferenceRecord, readSftRecord } from '../../src/data/records.js';
+import { isLabelled, readLabelledRecord, readPreferenceRecord, readSftRecord } from '../../src/data/records.js';
 
 const user = (content: string) => ({ role: 'user', content });
 const assistant = (content: string) => ({ role: 'assistant', content });
 const pair = (value: object) => readPreferenceRecord(recordsFrom([value], 'f.jsonl')[0]);
+const labelled = (value: object) => readLabelledRecord(recordsFrom([value], 'f.jsonl')[0]);
 const sft = (value: object) => readSftRecord(recordsFrom([value], 'f.jsonl')[0]);
 
 describe('preference records', () => {
@@ -130,5 +131,36 @@ describe('SFT records', () => {
   ];
   it.each(refused)('refuses %j', (value, message) => {
     expect(() => sft(value)).toThrow(message);
+  });
+});
+
+describe('labelled records', () => {
+  it('are completions with a label: strings, messages or token ids', () => {
+    expect(labelled({ prompt: 'p', completion: 'c', label: true })).toMatchObject({
+      ...{ kind: 'text', prompt: 'p', completion: 'c', desirable: true, where: 'f.jsonl:1' },
+    });
+    expect(labelled({ prompt: [user('q')], completion: [assistant('a')], label: false })).toMatchObject({
+      ...{ kind: 'chat', prompt: [user('q')], completion: [assistant('a')], desirable: false },
+    });
+    expect(labelled({ prompt_ids: [1, 2], completion_ids: [3], label: false })).toMatchObject({
+      ...{ kind: 'ids', inputIds: [1, 2, 3], completionMask: [0, 0, 1], desirable: false },
+    });
+  });
+
+  it('are no pairs, and pairs are none of them', () => {
+    const is = (value: object) => isLabelled(recordsFrom([value])[0]);
+    expect(is({ prompt: 'p', completion: 'c', label: false })).toBe(true);
+    expect(is({ prompt: 'p', completion: 'c' })).toBe(false);
+    expect(is({ prompt: 'p', chosen: 'c', rejected: 'r', completion: 'c', label: 1 })).toBe(false);
+    expect(() => pair({ prompt: 'p', completion: 'c', label: true })).toThrow(
+      /f.jsonl:1: expected a pair .*, found a completion with its label/,
+    );
+    expect(() => labelled({ prompt: 'p', chosen: 'c', rejected: 'r' })).toThrow(
+      /expected prompt, completion and label/,
+    );
+    expect(() => labelled({ prompt: 'p', completion: 'c', label: 'yes' })).toThrow(
+      /label: expected true or false, found "yes"/,
+    );
+    expect(() => labelled({ prompt: 'p', completion: '', label: true })).toThrow(/completion is empty/);
   });
 });

@@ -103,6 +103,16 @@ describe('a library call', () => {
     expect(await message(dpo(model, pairs, { betta: 1 } as never))).toBe(
       'betta is no option of keelgrad dpo; did you mean beta?',
     );
+    for (const [options, text] of [
+      [{ model: path }, /^model is an option of the command alone, not of dpo\(\); pass the loaded model/],
+      [{ output: 'x' }, /^output is .* save with saveModel/],
+      [{ 'lora-r': 8 }, /^loraR is .* loadModel\(folder, { lora: { r } }\)/],
+      [{ adapter: 'x' }, /^adapter is .* loadModel\(folder, { adapter }\)/],
+      [{ dtype: 'float64' }, /^dtype is /],
+      [{ threads: 1 }, /^threads is .* call setThreads/],
+      [{ config: 'x' }, /^config is no option/],
+    ] as const)
+      expect(await message(dpo(model, pairs, options as never))).toMatch(text);
     expect(await message(dpo(model, []))).toMatch(/no record is left/);
     expect(await message(dpo(model, [{ prompt_ids: [1], chosen_ids: [99], rejected_ids: [2] }]))).toMatch(
       /records:1: token id 99/,
