@@ -17,7 +17,8 @@ describe('suggest', () => {
     expect(suggest('mstps', names)).toBe('max-steps');
     expect(suggest('--lra', ['loss-ratio', 'learning-rate', 'lora'])).toBe('lora');
     expect(suggest('lrnrt', names)).toBe('learning-rate');
-    expect(suggest('bsz', names)).toBeUndefined();
+    expect(suggest('bsz', names)).toBe('batch-size');
+    expect(suggest('bqz', names)).toBeUndefined();
     expect(suggest('br', ['bar-more'])).toBeUndefined();
   });
 
