@@ -40,6 +40,8 @@ const char* idsOf(int32_t kernel) {
     case KernelId::vocabHead:
     case KernelId::vocabHeadBackward:
       return "targetId";
+    case KernelId::rmsNormTangent:
+      return "rowSequence";
     default:
       return "ids";
   }
