@@ -59,13 +59,11 @@ struct Operand {
 // A matrix x(i, j) = data[i*rowStride + j*columnStride] of which cuBLAS wants j to have unit stride.
 Operand operandOf(int64_t rows, int64_t columns, int64_t rowStride, int64_t columnStride) {
   if (columns == 1 || columnStride == 1) {
-    if (rows == 1) return {true, false, (columns + 7) / 8 * 8};
     if (rowStride >= columns) return {true, false, rowStride};
+    if (rows == 1) return {true, false, columns};
   }
-  if (rows == 1 || rowStride == 1) {
-    if (columns == 1) return {true, true, (rows + 7) / 8 * 8};
-    if (columnStride >= rows) return {true, true, columnStride};
-  }
+  // A single row of any stride is none of these: its neighbours would not be, and a row has one way to be computed.
+  if (rowStride == 1 && columnStride >= rows) return {true, true, columnStride};
   return {false, false, 0};
 }
 
