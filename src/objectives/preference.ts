@@ -57,6 +57,10 @@ const nllTerms: Readonly<Record<NllReduction, (p: PairLogProbs) => Tensor>> = {
   'sequence-sum': (p) => neg(mean(p.chosenUnweighted ?? p.chosen)),
 };
 
+/** The NLL of the chosen responses of a batch, a scalar. */
+export const chosenNll = (pairs: PairLogProbs, reduction: NllReduction = 'token-mean'): Tensor =>
+  nllTerms[reduction](pairs);
+
 const namesOf = (o: PreferenceLossOptions): readonly PreferenceLossName[] => [o.lossType ?? 'sigmoid'].flat();
 
 /** Every parameter with its value: given, or its default. */
@@ -183,7 +187,7 @@ export function preferenceLoss(pairs: PairLogProbs, options: PreferenceLossOptio
   const terms = losses.map(({ name, weight }) =>
     mul(mean(weighted(preferenceLosses[name].value(pairs, parameters))), weight),
   );
-  if (nllWeight > 0) terms.push(mul(nllTerms[options.nllReduction ?? 'token-mean'](pairs), nllWeight));
+  if (nllWeight > 0) terms.push(mul(chosenNll(pairs, options.nllReduction), nllWeight));
   return terms.reduce((total, term) => add(total, term));
 }
 

@@ -36,8 +36,10 @@ type HasDefault<Spec, M> = Spec extends { required: true }
         : false
     : false;
 
-/** What a caller may write: everything optional, keys in camelCase. */
-export type GivenOptions<M extends Method> = { readonly [K in KeyOf<M>]?: ValueOf<OptionTable[K]> | undefined };
+/** What a caller may write: everything optional, keys in camelCase; a list of one as that one. */
+export type GivenOptions<M extends Method> = {
+  readonly [K in KeyOf<M>]?: ValueOf<OptionTable[K]> | Plain<OptionTable[K]> | undefined;
+};
 
 /** Every option of a command with its value; `undefined` only where the table has no default. */
 export type ResolvedOptions<M extends Method> = { readonly method: M } & {

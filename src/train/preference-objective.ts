@@ -4,8 +4,9 @@ import { differentiate } from '../autograd/tape.js';
 import { packPairs } from '../data/packing.js';
 import type { PreferenceExample } from '../data/tokenize.js';
 import type { CausalLM } from '../models/causal-lm.js';
-import { factsOf } from '../objectives/preference/facts.js';
+import { defaultNllWeight, factsOf } from '../objectives/preference/facts.js';
 import {
+  chosenNll,
   completeParameters,
   implicitReward,
   nextBetaDpoMean,
@@ -63,6 +64,7 @@ export class PreferenceObjective {
   private readonly examples: readonly PreferenceExample[];
   private readonly reference: PreferenceReference | null;
   private readonly settings: PreferenceSettings;
+  private readonly nllWeight: number;
   private readonly needs: { readonly several: boolean; readonly mean: boolean; readonly kl: boolean };
   /** M_0 of beta_dpo, on the device so that no step waits for it, and that of the step after. */
   private mean: Tensor | null = null;
@@ -80,6 +82,7 @@ export class PreferenceObjective {
     this.reference = reference;
     this.settings = settings;
     this.reward = implicitReward(settings);
+    this.nllWeight = settings.nllWeight ?? defaultNllWeight([settings.lossType ?? 'sigmoid'].flat());
     this.needs = {
       several: facts.some((f) => f.couples),
       mean: facts.some((f) => f.keepsMean),
@@ -128,9 +131,12 @@ export class PreferenceObjective {
     });
   }
 
-  /** Starts reading the metrics of a micro-batch; its tensors may be disposed of at once. */
+  /** Starts reading the metrics of a micro-batch. Inside its scope; the tensors may be disposed of at once. */
   metrics(batch: PreferenceBatch, outputs: PairOutputs): Promise<Record<string, number>> {
-    return readPairMetrics(batch, outputs, this.reward);
+    const measured = readPairMetrics(batch, outputs, this.reward);
+    if (!(this.nllWeight > 0)) return measured;
+    const nll = chosenNll(outputs.pairs, this.settings.nllReduction).data();
+    return quiet(Promise.all([measured, nll]).then(([values, [nll_loss]]) => ({ ...values, nll_loss })));
   }
 
   dispose(): void {

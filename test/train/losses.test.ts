@@ -172,6 +172,12 @@ describe('the first loss of a run is that of its batch', () => {
     const expected = byHand(policy, pairs, loss, weighing);
     const found = metrics[0][method === 'spo' ? 'spo/dpo' : 'loss'];
     expect(Math.abs(found - expected)).toBeLessThan(1e-11 * Math.max(1, Math.abs(expected)));
+    const weight = loss.nllWeight ?? (names.includes('cpo') || names.includes('orpo') ? 1 : 0);
+    expect('nll_loss' in metrics[0]).toBe(weight > 0);
+    if (weight > 0) {
+      const without = byHand(policy, pairs, { ...loss, nllWeight: 0, nllReduction: undefined }, weighing);
+      expect(metrics[0].nll_loss).toBeCloseTo((expected - without) / weight, 11);
+    }
     if (names.includes('kto')) expect(metrics[0].kl).toBeCloseTo(klByHand(policy, pairs), 12);
   }
 

@@ -92,6 +92,14 @@ describe('a library call', () => {
     expect(memory().storages).toBe(start);
   });
 
+  it('takes one loss by its name alone', async () => {
+    const of = async (lossType: 'simpo' | readonly ['simpo']): Promise<Metrics[]> => {
+      using model = await loadModel(path, { lora });
+      return stable(await steps(dpo(model, pairs, { lossType, simpoGamma: 1, maxSteps: 2 })));
+    };
+    expect(await of('simpo')).toEqual(await of(['simpo']));
+  });
+
   it('refuses what the command refuses, in the spelling of its options', async () => {
     using model = await loadModel(path, { lora });
     using bare = await loadModel(path);
