@@ -50,6 +50,13 @@ export interface SequencePassOptions {
 
 type Known = LinearContribution | VectorContribution | LookupContribution | HeadContribution;
 
+/** `[S, 2]`; a column by row of each of the two, `[rows, 1]`; `[2, targets]`. */
+interface Coefficients {
+  readonly bySequence: Tensor;
+  readonly byRow: readonly Tensor[];
+  readonly byTarget: Tensor;
+}
+
 /** One backward pass over a batch: `sinks` for its parameters; coefficients before it, `finish` after it. */
 export class SequencePass {
   readonly streams: SequenceStreams;
@@ -59,7 +66,7 @@ export class SequencePass {
   /** `[S]` terms of the squared norms by group, on the tape where the pass is recorded. */
   readonly terms: { readonly group: string; readonly tensor: Tensor }[] = [];
   private readonly kept: Tensor[] = [];
-  private coefficients: { bySequence: Tensor; byRow: readonly Tensor[]; byTarget: Tensor } | null = null;
+  private readonly coefficients = new Map<string, Coefficients>();
 
   constructor(streams: SequenceStreams, parameters: readonly SequenceParameter[], options: SequencePassOptions) {
     this.streams = streams;
@@ -68,8 +75,12 @@ export class SequencePass {
     this.sinks = parameters.map((p) => new SequenceSink(this, p));
   }
 
-  /** Coefficients `[2, S]` of the two accumulated gradients, in the accumulation dtype. */
-  setCoefficients(coefficients: Tensor): void {
+  /** Coefficients `[2, S]` of the two accumulated gradients by group of parameters, in the accumulation dtype. */
+  setCoefficients(byGroup: ReadonlyMap<string, Tensor>): void {
+    for (const [group, coefficients] of byGroup) this.coefficients.set(group, this.spread(coefficients));
+  }
+
+  private spread(coefficients: Tensor): Coefficients {
     const { rowSequence, targetSequence } = this.streams;
     const [bySequence, first, second, byTarget] = scope(() => {
       const columns = contiguous(transpose(coefficients.detach()));
@@ -77,13 +88,14 @@ export class SequencePass {
       const column = (i: number): Tensor => contiguous(rows.view([rows.shape[0], 1], [2, 1], bytes(rows) * i));
       return [columns, column(0), column(1), contiguous(transpose(gatherRows(columns, targetSequence)))];
     }).map((t) => this.keep(t));
-    this.coefficients = { bySequence, byRow: [first, second], byTarget };
+    return { bySequence, byRow: [first, second], byTarget };
   }
 
-  get given(): NonNullable<SequencePass['coefficients']> {
-    if (!this.coefficients)
-      throw new Error('[SequencePass] expected coefficients before the backward pass, found none');
-    return this.coefficients;
+  given(group: string): Coefficients {
+    const found = this.coefficients.get(group);
+    if (!found)
+      throw new Error(`[SequencePass] expected coefficients of ${group} before the backward pass, found none`);
+    return found;
   }
 
   /** Rows of the sequences that the second gradient takes; they come first. */
@@ -148,8 +160,13 @@ export class SequenceSink implements GradientSink {
 
   get shares(): GradientShares {
     const { first, second } = this.parameter;
-    const { secondTargets, options, given } = this.pass;
-    return { first, second, byTarget: given.byTarget, secondTargets, squares: options.squares };
+    const { secondTargets, options } = this.pass;
+    const byTarget = first || second ? this.given.byTarget : null;
+    return { first, second, byTarget, secondTargets, squares: options.squares };
+  }
+
+  private get given(): Coefficients {
+    return this.pass.given(this.parameter.group);
   }
 
   accept(contribution: Contribution | Tensor): void {
@@ -193,7 +210,8 @@ export class SequenceSink implements GradientSink {
 
   /** Forms each sequence's gradient; its squares `[S]` without the scale. */
   private throughGradients(x: Tensor, g: Tensor, scale: number): Tensor {
-    const { factors, given } = this.pass;
+    const { factors } = this.pass;
+    const { given } = this;
     const { first, second } = this.parameter;
     const wide = accumulationDType(x.dtype);
     const rows = factors.rowsOf(x);
@@ -212,16 +230,16 @@ export class SequenceSink implements GradientSink {
 
   /** The accumulated gradients as products of their own; squares from inner products. */
   private throughProducts(x: Tensor, g: Tensor, scale: number): Tensor | null {
-    const { streams, factors, given, options, secondRows } = this.pass;
+    const { streams, factors, options, secondRows } = this.pass;
     const { first, second } = this.parameter;
     if (first) {
-      const weighted = mul(g, given.byRow[0]);
+      const weighted = mul(g, this.given.byRow[0]);
       const merged = streams.rowMap ? scatterRows(weighted, streams.rowMap, streams.primalRows) : weighted;
       addProduct(first, merged, x.detach(), scale);
     }
     if (second && secondRows > 0) {
       const part = (t: Tensor): Tensor => rowsOf(t, 0, secondRows);
-      addProduct(second, mul(part(g), part(given.byRow[1])), part(factors.rowsOf(x)), scale);
+      addProduct(second, mul(part(g), part(this.given.byRow[1])), part(factors.rowsOf(x)), scale);
     }
     return options.squares ? squaresByRows(factors, x, g) : null;
   }
@@ -229,11 +247,12 @@ export class SequenceSink implements GradientSink {
   // ---- vectors ------------------------------------------------------------------------------------------------------
 
   private acceptVector({ bySequence }: VectorContribution): void {
-    const { given, options } = this.pass;
+    const { options } = this.pass;
     const { first, second, group } = this.parameter;
     [first, second].forEach((into, i) => {
       if (!into) return;
-      const weights = given.bySequence.view([1, bySequence.shape[0]], [1, 2], bytes(given.bySequence) * i);
+      const columns = this.given.bySequence;
+      const weights = columns.view([1, bySequence.shape[0]], [1, 2], bytes(columns) * i);
       const row = into.view([1, into.size], [into.size, 1]);
       const source = bySequence.detach();
       matmulInto(row, weights, source, { accumulate: true });
@@ -244,7 +263,7 @@ export class SequenceSink implements GradientSink {
   // ---- embedding and head -------------------------------------------------------------------------------------------
 
   private acceptLookup(contribution: LookupContribution): void {
-    const { given, secondRows } = this.pass;
+    const { secondRows } = this.pass;
     const { first, second } = this.parameter;
     const g = contribution.g.detach();
     const add = (into: Tensor, count: number, weights: Tensor): void => {
@@ -253,8 +272,8 @@ export class SequenceSink implements GradientSink {
       into.storage.version++;
       if (rows.size > 0) launch('scatterAddRows', [into, rows, part(contribution.ids)]);
     };
-    if (first) add(first, g.shape[0], given.byRow[0]);
-    if (second) add(second, secondRows, given.byRow[1]);
+    if (first) add(first, g.shape[0], this.given.byRow[0]);
+    if (second) add(second, secondRows, this.given.byRow[1]);
     if (this.pass.options.squares) this.embeddingOf('lookup', contribution);
   }
 

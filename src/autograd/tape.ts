@@ -9,6 +9,7 @@
 // backward has passed them, or when the level closes.
 import { KeelgradError } from '../errors.js';
 import type { SequenceStreams } from '../ops/streams.js';
+import { inBackwardOf } from '../tensor/out-of-memory.js';
 import { detachFromScope, owned } from '../tensor/scope.js';
 import { sameShape } from '../tensor/shape.js';
 import type { Storage } from '../tensor/storage.js';
@@ -39,12 +40,13 @@ export interface GradientSink {
 export interface GradientShares {
   readonly first: Tensor | null;
   readonly second: Tensor | null;
-  /** `[2, N]`: coefficients by target, in the dtype of the accumulated gradients. */
-  readonly byTarget: Tensor;
+  /** `[2, N]`: coefficients by target, in the dtype of the accumulated gradients; null where there are none. */
+  readonly byTarget: Tensor | null;
   /** Targets that take part in the second. */
   readonly secondTargets: number;
-  /** Whether the squares of the sequences' gradients are wanted. */
+  /** What the head's backward gives beside: inner products for the squares of sequences' gradients, the dense gradient. */
   readonly squares: boolean;
+  readonly dense?: boolean;
 }
 
 export type Cotangent = Tensor | Contribution | null;
@@ -494,7 +496,7 @@ function runBackward(
       streams,
       shares: (i) => node.parents[i]?.sink?.shares ?? null,
     };
-    const given = node.backward(context);
+    const given = inBackwardOf(node.op, () => node.backward(context));
     const tensors = node.parents.map((parent, i): Tensor | null => {
       const value = given[i];
       if (!needs[i] || !parent || !value) return null;

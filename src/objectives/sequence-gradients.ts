@@ -19,8 +19,8 @@ export interface SequenceProblem<R extends ScoredTargets> {
   readonly parameters: readonly SequenceParameter[];
   readonly streams: SequenceStreams;
   readonly forward: (variables: readonly Tensor[]) => R;
-  /** `[2, S]`: of the first and the second accumulated gradient, from the forward pass (off the tape). */
-  readonly coefficients: (result: R) => Tensor;
+  /** `[2, S]` by group: of the first and the second accumulated gradient, from the forward pass (off the tape). */
+  readonly coefficients: (result: R) => ReadonlyMap<string, Tensor>;
   /** The second gradient takes the sequences [0, secondCount) alone. */
   readonly secondCount: number;
 }

@@ -44,6 +44,8 @@ export class HeadContribution implements Contribution {
   readonly gram: Tensor | null;
   /** `[N, P]`: D at the sequence's probes (see HeadProbes); null as well. */
   readonly probes: Tensor | null;
+  /** `[V, H]`: the sum over all sequences, differentiable; null where it was not asked for. */
+  readonly dense: Tensor | null;
   readonly streams: SequenceStreams;
   private readonly weight: Tensor;
   private readonly saved: HeadSaved;
@@ -53,20 +55,22 @@ export class HeadContribution implements Contribution {
     weight: Tensor,
     saved: HeadSaved,
     streams: SequenceStreams,
-    products: readonly (Tensor | undefined)[],
+    products: { gram?: Tensor | null; probes?: Tensor | null; dense?: Tensor | null },
   ) {
     this.hidden = hidden;
     this.weight = weight;
     this.saved = saved;
     this.streams = streams;
-    this.gram = products[0] ?? null;
-    this.probes = products[1] ?? null;
+    this.gram = products.gram ?? null;
+    this.probes = products.probes ?? null;
+    this.dense = products.dense ?? null;
     this.shape = weight.shape;
   }
 
   /** The same contribution over other tensors: `keep` makes one of each that squares need. */
   kept(keep: (t: Tensor) => Tensor): HeadContribution {
-    const products = [this.gram, this.probes].flatMap((t) => (t ? [keep(t)] : []));
+    const { gram, probes } = this;
+    const products = { gram: gram && keep(gram), probes: probes && keep(probes) };
     return new HeadContribution(keep(this.hidden), this.weight, this.saved, this.streams, products);
   }
 
@@ -95,48 +99,66 @@ export function headBackward(
   const wide = accumulationDType(hidden.dtype);
   const count = hidden.shape[0];
   const squares = shares?.squares ?? false;
+  const dense = shares?.dense ?? false;
+  /** Places of the outputs behind dhidden. */
+  const at = { gram: squares ? 1 : -1, probes: squares ? 2 : -1, dense: dense ? (squares ? 3 : 1) : -1 };
+  const shapes = [
+    ...(squares
+      ? [
+          [streams.sequences.length, side, side],
+          [count, maxProbes],
+        ]
+      : []),
+    ...(dense ? [weight.shape] : []),
+  ];
   const outputs = fusedOutputs({
     name: 'vocabHeadBackward',
     inputs: [hidden, weight],
-    definition: (h, w) => headBackwardDefinition(h, w, saved.ids, streams).slice(0, squares ? 3 : 1),
+    definition: (h, w) => {
+      const { dhidden, gram, probes, total } = headBackwardDefinition(h, w, saved.ids, streams);
+      return [dhidden, ...(squares ? [gram, probes] : []), ...(dense ? [total] : [])];
+    },
     forward: () => {
       const dhidden = emptyLike(hidden);
-      const products = squares
-        ? [emptyLike(hidden, [streams.sequences.length, side, side], wide), emptyLike(hidden, [count, maxProbes], wide)]
-        : [];
+      const products = shapes.map((shape) => fill(emptyLike(hidden, shape, wide), 0));
+      const results = [dhidden, ...products];
       const kernel = [hidden, weight, saved.lse, saved.ids].map(forKernel);
-      const into = [products[0] ?? null, products[1] ?? null, shares?.first ?? null, shares?.second ?? null];
+      const ones = dense ? fill(emptyLike(hidden, [2, count], wide), 1) : null;
+      const into = dense ? [results[at.dense], null] : [shares?.first ?? null, shares?.second ?? null];
+      const inner = [results[at.gram] ?? null, results[at.probes] ?? null];
       if (count > 0)
         launch(
           'vocabHeadSequences',
-          [dhidden, ...into, ...kernel, table, probeIds, shares?.byTarget ?? null],
+          [dhidden, ...inner, ...into, ...kernel, table, probeIds, ones ?? shares?.byTarget ?? null],
           [shares?.secondTargets ?? 0],
         );
-      return { outputs: [dhidden, ...products], saved: [saved.lse, saved.ids, dhidden, ...products] };
+      return { outputs: results, saved: [saved.lse, saved.ids, ...results] };
     },
-    backward: ({
-      cotangents: [hiddenDot, gramDot, probesDot],
-      saved: [h, w, lse, ids, dhidden, gram, probes],
-      needs,
-    }) => {
+    backward: ({ cotangents, saved: [h, w, lse, ids, ...results], needs }) => {
       const kernel = [h, w, lse, ids].map(forKernel);
       const dh = emptyLike(kernel[0]);
       const dweight = needs[1] ? fill(emptyLike(w, w.shape, wide), 0) : null;
+      const [hiddenDot, gramDot, probesDot, denseDot] = [0, at.gram, at.probes, at.dense].map(
+        (i) => cotangents[i] ?? null,
+      );
       const dots = {
         hidden: hiddenDot ? forKernel(hiddenDot) : fill(emptyLike(kernel[0]), 0),
         gram: gramDot && symmetric(gramDot),
         probes: probesDot && forKernel(probesDot),
       };
-      const shift = headShift({ weight: kernel[1], ids, dhidden, gram, probes }, dots, streams);
+      const weightDot = denseDot && forKernel(cast(denseDot, w.dtype));
+      const known = { weight: kernel[1], ids, dhidden: results[0], gram: results[at.gram], probes: results[at.probes] };
+      const shift = weightDot ? null : headShift(known, dots, streams);
       if (count > 0)
         launch('vocabHeadTangent', [
-          ...[dh, dweight, dots.hidden, dots.gram, dots.probes, null, ...kernel, table, probeIds],
+          ...[dh, dweight, dots.hidden, dots.gram, dots.probes, weightDot, ...kernel, table, probeIds],
           shift,
         ]);
       return [dh, dweight];
     },
   });
-  return [outputs[0], new HeadContribution(hidden, weight, saved, streams, outputs.slice(1))];
+  const products = { gram: outputs[at.gram], probes: outputs[at.probes], dense: outputs[at.dense] };
+  return [outputs[0], new HeadContribution(hidden, weight, saved, streams, products)];
 }
 
 /** (x + xᵀ) / 2 of each matrix. */
@@ -197,7 +219,12 @@ function probesOneHot(ids: Tensor, streams: SequenceStreams, s: number, dtype: T
 }
 
 /** The same from primitive ops: holds [N, V]. */
-function headBackwardDefinition(h: Tensor, w: Tensor, ids: Tensor, streams: SequenceStreams): Tensor[] {
+function headBackwardDefinition(
+  h: Tensor,
+  w: Tensor,
+  ids: Tensor,
+  streams: SequenceStreams,
+): Record<'dhidden' | 'gram' | 'probes' | 'total', Tensor> {
   const wide = accumulationDType(h.dtype);
   const p = exp(logSoftmax(cast(linear(h, w), wide)));
   const words = cast(unsqueeze(vocabulary(w), 0), 'int32');
@@ -212,7 +239,13 @@ function headBackwardDefinition(h: Tensor, w: Tensor, ids: Tensor, streams: Sequ
     return { gram: pad(matmul(own, transpose(own)), maxTargets, maxTargets), probes: padTo(probes, 1, maxProbes) };
   });
   const gram = concat(each.map((e) => unsqueeze(e.gram, 0)));
-  return [matmul(cast(d, h.dtype), w), gram, concat(each.map((e) => e.probes))];
+  const narrow = cast(d, h.dtype);
+  return {
+    dhidden: matmul(narrow, w),
+    gram,
+    probes: concat(each.map((e) => e.probes)),
+    total: cast(matmul(transpose(narrow), h), wide),
+  };
 }
 
 const vocabulary = (w: Tensor): Tensor => {

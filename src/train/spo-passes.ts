@@ -1,5 +1,6 @@
 // The passes over a model that a step of SPO is made of (spo.md §2, §5). Each takes some pairs and adds to the gradient
 // buffers; none knows the order of the others.
+import { DirectionSink } from '../autograd/direction-sinks.js';
 import type { SequenceParameter } from '../autograd/sequence-sinks.js';
 import { AccumulatingSink } from '../autograd/sinks.js';
 import { differentiate } from '../autograd/tape.js';
@@ -63,17 +64,24 @@ interface Scored {
 /** Gradients for `second`: of L_SFT, for the lower level's first step. */
 type Second = ReadonlyMap<string, Tensor> | null;
 
+export interface SpoPassOptions {
+  lambda: number;
+  sftReduction: SftReduction;
+  /** Whether shared and recorded passes give the adapters λ ∇_φ L_SFT(θ, φ), half of term (b). */
+  penalizeAdapters: boolean;
+}
+
 export class SpoPasses {
   private readonly trainable: Trainable;
   private readonly examples: readonly PreferenceExample[];
   private readonly objective: PreferenceObjective;
-  private readonly options: { lambda: number; sftReduction: SftReduction };
+  private readonly options: SpoPassOptions;
 
   constructor(
     trainable: Trainable,
     examples: readonly PreferenceExample[],
     objective: PreferenceObjective,
-    options: { lambda: number; sftReduction: SftReduction },
+    options: SpoPassOptions,
   ) {
     this.trainable = trainable;
     this.examples = examples;
@@ -107,6 +115,53 @@ export class SpoPasses {
       );
       return result.detach();
     });
+  }
+
+  /**
+   * Adds scale ∇_φ <∇_θ L_SFT(θ, φ), V> to the adapters' buffers, V constant: the penalty's share of ∇_φ F to first order in
+   * the lower level's step, without the difference of two nearly equal gradients.
+   */
+  firstOrder(
+    indices: readonly number[],
+    direction: ReadonlyMap<string, Tensor>,
+    scale: number,
+    totals: SftTotals,
+  ): void {
+    const { model, gradients } = this.trainable;
+    const batch = rowPerTarget(packSequences(chosenSequences(indices.map((i) => this.examples[i]))));
+    using layout = batch.layout;
+    const sinks = [...direction.values()].map((v) => new DirectionSink(v));
+    try {
+      scope(() => {
+        const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
+        using streams = streamsOf(batch, 'sequences', tensors);
+        const forward = (theta: readonly Tensor[], phi: readonly Tensor[]): Tensor => {
+          const p = replaceGroups(model.parameters, both, [...theta, ...phi]);
+          return model.logProbs(p, tensors.ids, layout, tensors.targets).logProbs;
+        };
+        const divisor = this.sftDivisor(totals);
+        differentiate(
+          tensorsOf(model.parameters, ['adapters']),
+          (phi) => {
+            differentiate(
+              tensorsOf(model.parameters, ['backbone']),
+              (theta) => forward(theta, phi),
+              (y) => [{ tensor: y, cotangent: onesLike(y) }],
+              { streams, sinks },
+            );
+            return sinks.flatMap((s) => s.terms);
+          },
+          (terms) => terms.map((t) => ({ tensor: t, cotangent: mul(onesLike(t), -scale / divisor) })),
+          { sinks: gradients.get('adapters')!.sinks() },
+        );
+      });
+    } finally {
+      for (const s of sinks) s.dispose();
+    }
+  }
+
+  private sftDivisor(totals: SftTotals): number {
+    return this.options.sftReduction === 'token-mean' ? totals.tokens : totals.sequences;
   }
 
   /** L_DPO + λ L_SFT at (θ, φ) in one pass: the whole cotangent, nothing kept apart. */
@@ -198,9 +253,9 @@ export class SpoPasses {
         return { logProbs: out.logProbs, statistics: out.statistics! };
       },
       coefficients: (result) => {
-        const { loss, bySequence } = this.coefficients(batch, part, result);
+        const { loss, byGroup } = this.coefficients(batch, part, result);
         problem.loss = loss;
-        return bySequence;
+        return byGroup;
       },
     };
     return problem;
@@ -218,17 +273,16 @@ export class SpoPasses {
     );
   }
 
-  /** The derivatives of L_DPO + λ L_SFT and of L_SFT for the log-probability of each sequence, `[2, S]`. */
+  /** The derivatives of L_DPO + λ L_SFT and of L_SFT for the log-probability of each sequence, `[2, S]` by group. */
   private coefficients(
     batch: PreferenceBatch,
     { micro, step, totals }: Part,
     { logProbs, statistics }: Scored,
-  ): { loss: Tensor; bySequence: Tensor } {
+  ): { loss: Tensor; byGroup: ReadonlyMap<GroupName, Tensor> } {
     const { device, dtype } = logProbs;
     const { loss, tokens } = this.objective.coefficients(step, micro, batch, logProbs.detach(), statistics);
     const lengths = batch.packed.lengths;
-    const divisor = this.options.sftReduction === 'token-mean' ? totals.tokens : totals.sequences;
-    const ofSft = Float64Array.from(lengths, (_, s) => (s < batch.pairs ? -1 / divisor : 0));
+    const ofSft = Float64Array.from(lengths, (_, s) => (s < batch.pairs ? -1 / this.sftDivisor(totals) : 0));
     const sft = Tensor.from(ofSft, { dtype, device });
     // Tokens of a sequence weigh alike: its first one speaks for it.
     let start = 0;
@@ -237,7 +291,15 @@ export class SpoPasses {
       return Math.min(start - n, tokens.size - 1);
     });
     const preference = reshape(gatherRows(unsqueeze(tokens, 1), Tensor.from(firsts, { device })), [lengths.length]);
-    return { loss, bySequence: stack([add(preference, mul(sft, this.options.lambda)), sft]) };
+    const penalized = add(preference, mul(sft, this.options.lambda));
+    const rows = (first: Tensor): Tensor => stack([first, sft]);
+    return {
+      loss,
+      byGroup: new Map([
+        ['backbone', rows(penalized)],
+        ['adapters', rows(this.options.penalizeAdapters ? penalized : preference)],
+      ]),
+    };
   }
 }
 

@@ -7,8 +7,10 @@ import { KeelgradError } from '../errors.js';
 import { type RegularizerValue, regularizerValue } from '../objectives/regularizer.js';
 import type { SftReduction } from '../objectives/sft.js';
 import { spoObjective } from '../objectives/spo.js';
+import { mul } from '../ops/elementwise.js';
 import { firstStep } from '../optim/bilevel/first-step.js';
 import { descend } from '../optim/bilevel/lower-level.js';
+import { sumOfSquares } from '../optim/clip.js';
 import { collected, detachFromScope, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { averageMetrics, quiet, total } from './batch-metrics.js';
@@ -28,6 +30,12 @@ export type SpoTaskOptions = PreferenceSettings & {
   sftReduction: SftReduction;
   /** The regularizer's norms divided by the length of the response: for losses that are normalized by length. */
   normPerToken?: boolean;
+  /**
+   * How ∇_φ of the penalty (term b) is found: as the difference of the gradients at θ and θ_K, or to first order in the lower
+   * level's step, which nothing cancels in. By default first-order with bfloat16 compute, where the difference drowns in
+   * rounding, else the difference.
+   */
+  penaltyForm?: 'difference' | 'first-order';
 };
 
 /** Pairs that a recorded pass keeps in memory at a time: the derivatives of their norms need all of their activations. */
@@ -60,7 +68,8 @@ export class SpoTask implements Task {
     this.objective = new PreferenceObjective(trainable.model, examples, reference, options);
     this.options = options;
     this.masters = masters;
-    this.passes = new SpoPasses(trainable, examples, this.objective, options);
+    const penalizeAdapters = options.lowerSteps > 0 && !this.firstOrder;
+    this.passes = new SpoPasses(trainable, examples, this.objective, { ...options, penalizeAdapters });
     this.normGroups = new Set(options.normOver === 'all' ? both : [options.normOver]);
     if (options.gamma > 0 && [...this.normGroups].every((g) => !trainable.gradients.get(g as GroupName)?.buffers.size))
       throw new KeelgradError(
@@ -113,7 +122,7 @@ export class SpoTask implements Task {
     done: Outcome,
   ): Promise<void> {
     const { model } = this.trainable;
-    const { gamma, lowerSteps, lambda } = this.options;
+    const { gamma, lowerSteps } = this.options;
     using first = lowerSteps > 0 ? new Disposable(new GradientBuffers(model.backbone)) : null;
     first?.of.zero();
     const second = first?.of.buffers ?? null;
@@ -121,8 +130,8 @@ export class SpoTask implements Task {
       if (gamma > 0) await this.regularized(part, second, true, done);
       else done.add(scope(() => this.passes.shared(part, second)));
     }
-    if (second) scope(() => this.lowerLevelFrom(second, microBatches, totals, done));
-    else if (lambda > 0) scope(() => this.lowerOptimum(model.backbone, microBatches, totals, done));
+    if (second && this.firstOrder) scope(() => this.penaltyToFirstOrder(second, microBatches, totals, done));
+    else if (second) scope(() => this.lowerLevelFrom(second, microBatches, totals, done));
   }
 
   /** The order of Algorithm 1: θ̂ and L*_SFT first, then one pass a part with the whole cotangent. */
@@ -136,6 +145,12 @@ export class SpoTask implements Task {
     if (lowerSteps > 0 || lambda > 0) scope(() => this.lowerLevel(microBatches, totals, done));
     for (const part of parts) done.add(scope(() => this.passes.plain(part)));
     if (gamma > 0) for (const part of parts) await this.regularized(part, null, false, done);
+  }
+
+  private get firstOrder(): boolean {
+    const { penaltyForm, lowerSteps } = this.options;
+    const form = penaltyForm ?? (this.trainable.model.dtype === 'bfloat16' ? 'first-order' : 'difference');
+    return lowerSteps > 0 && form === 'first-order';
   }
 
   // ---- lower level --------------------------------------------------------------------------------------------------
@@ -175,6 +190,23 @@ export class SpoTask implements Task {
     const solution = descend(first.theta, first.masters, next, { steps: lowerSteps - 1, learningRate });
     using _solution = new Disposable({ dispose: () => solution.release() });
     this.lowerOptimum(solution.theta, microBatches, totals, done);
+  }
+
+  /**
+   * λ [∇_φ L_SFT(θ, φ) - ∇_φ L_SFT(θ_K, φ)] ≈ λ α K ∇²_φθ L_SFT ∇_θ L_SFT, and L_SFT(θ) - L_SFT(θ_K) ≈ α K |∇_θ L_SFT|² (spo.md
+   * §6).
+   */
+  private penaltyToFirstOrder(
+    gradient: ReadonlyMap<string, Tensor>,
+    microBatches: StepInput['microBatches'],
+    totals: SftTotals,
+    done: Outcome,
+  ): void {
+    const { lambda, lowerSteps, lowerLearningRate } = this.options;
+    const distance = lowerLearningRate * lowerSteps;
+    done.gap = detachFromScope(mul(sumOfSquares(gradient.values()), distance));
+    if (lambda === 0) return;
+    for (const indices of microBatches) this.passes.firstOrder(indices, gradient, lambda * distance, totals);
   }
 
   /** Steps 1 and 2 of Algorithm 1 by themselves; leaves the backbone's buffers zeroed. */
@@ -258,11 +290,13 @@ export class SpoTask implements Task {
     const { lambda, gamma } = this.options;
     this.seenTokens += done.tokens;
     const seen = this.seenTokens;
-    const { dpo, sft, optimum } = done;
-    const sums = Promise.all([total(dpo), total(sft), total(optimum.length > 0 ? optimum : sft)]);
+    const { dpo, sft, optimum, gap } = done;
+    const starOf = optimum.length > 0 ? optimum : sft;
+    const sums = Promise.all([total(dpo), total(sft), total(starOf), gap ? total([gap]) : 0]);
     const parts = Promise.all(done.measured);
     const regularizer = gamma > 0 ? done.regularizer() : null;
-    return Promise.all([sums, step.metrics, parts]).then(([[dpoValue, sftValue, sftStar], ofStep, measured]) => {
+    return Promise.all([sums, step.metrics, parts]).then(([[dpoValue, sftValue, star, gapValue], ofStep, measured]) => {
+      const sftStar = star - gapValue;
       const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer?.value ?? 0 };
       let at = 0;
       const byMicroBatch = chunks.map((c) => {
@@ -274,7 +308,8 @@ export class SpoTask implements Task {
         'spo/dpo': dpoValue,
         'spo/sft': sftValue,
         'spo/sft_star': sftStar,
-        'spo/sft_gap': sftValue - sftStar,
+        'spo/sft_gap': gap ? gapValue : sftValue - sftStar,
+        'spo/first_order': Number(this.firstOrder),
         'spo/regularizer': values.regularizer,
         ...(regularizer ? regularizerMetrics(regularizer) : {}),
         ...averageMetrics(byMicroBatch),
@@ -290,6 +325,8 @@ class Outcome {
   readonly dpo: Tensor[] = [];
   readonly sft: Tensor[] = [];
   readonly optimum: Tensor[] = [];
+  /** L_SFT(θ) - L_SFT(θ_K) where it was found to first order. */
+  gap: Tensor | null = null;
   readonly measured: Promise<Record<string, number>>[] = [];
   tokens = 0;
   private readonly chosen: number[] = [];
@@ -316,7 +353,7 @@ class Outcome {
   }
 
   get losses(): Tensor[] {
-    return [...this.dpo, ...this.sft, ...this.optimum];
+    return [...this.dpo, ...this.sft, ...this.optimum, ...(this.gap ? [this.gap] : [])];
   }
 
   dispose(): void {

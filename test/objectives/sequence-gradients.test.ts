@@ -60,10 +60,12 @@ function record(model: CausalLM, name: ModelName, count: number, coefficients?: 
       parameters,
       streams,
       secondCount: count,
-      coefficients: () =>
-        coefficients
+      coefficients: () => {
+        const given = coefficients
           ? Tensor.from(Float64Array.from(coefficients.flat()), { shape: [2, 2 * count], dtype })
-          : zeros([2, 2 * count], { dtype }),
+          : zeros([2, 2 * count], { dtype });
+        return new Map(both.map((group) => [group, given]));
+      },
       forward: (values: readonly Tensor[]) =>
         model.logProbs(replaceGroups(model.parameters, both, values), tensors.ids, packed.layout, tensors.targets),
     };

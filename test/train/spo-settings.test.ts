@@ -203,6 +203,35 @@ describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
       }
   });
 
+  it.each(['sum', 'token-mean'] as const)(
+    'term (b) to first order nears the difference as the step shrinks (%s)',
+    async (sft) => {
+      const errors: number[] = [];
+      const K = 2;
+      for (const alpha of [2e-4, 2e-5, 2e-6]) {
+        const setting = { ...optionsOf(settingOf('qwen2', 'A')), sftReduction: sft, lowerSteps: K };
+        const options = { ...setting, lowerLearningRate: alpha };
+        const parts = [
+          [0, 1],
+          [2, 3],
+        ];
+        const exact = await evaluate('qwen2', 'float64', options, parts);
+        const first = await evaluate('qwen2', 'float64', { ...options, penaltyForm: 'first-order' }, parts);
+        expect([exact, first].map((e) => e.metrics['spo/first_order'])).toEqual([0, 1]);
+        const plain = (await evaluate('qwen2', 'float64', { ...options, lambda: 0 }, parts)).gradient;
+        const b = (e: Evaluation): Tensors => groupPart(difference(e.gradient, plain), 'adapters');
+        errors.push(relativeError(b(first), b(exact)));
+        expect(
+          relativeError(groupPart(first.gradient, 'backbone'), groupPart(exact.gradient, 'backbone')),
+        ).toBeLessThan(1e-12);
+        expect(Math.abs(first.metrics['spo/sft_gap'] / exact.metrics['spo/sft_gap'] - 1)).toBeLessThan(3e3 * alpha);
+      }
+      expect(errors[0]).toBeLessThan(0.5);
+      expect(errors[1] / errors[0]).toBeLessThan(0.12);
+      expect(errors[2] / errors[1]).toBeLessThan(0.12);
+    },
+  );
+
   it('accumulation changes nothing: lower level and regularizer see the whole batch', async () => {
     for (const sft of ['sum', 'token-mean'] as const) {
       const options = { ...optionsOf(settingOf('qwen2', 'C')), sftReduction: sft };

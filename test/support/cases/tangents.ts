@@ -263,8 +263,8 @@ const headBackward =
 function headInputs(shape: HeadShape): InputSpec[] {
   const { rows, probes, table } = headTable(shape);
   return [
-    input([rows, shape.width]),
-    input([shape.words, shape.width]),
+    input([rows, shape.width], -0.5, 0.5),
+    input([shape.words, shape.width], -0.5, 0.5),
     ids(rows, shape.words),
     integers([shape.sequences.length, 4], table),
     ids(probes, shape.words),
