@@ -85,10 +85,11 @@ void widen(Walk& w) {
 struct Transposition {
   int64_t rows, columns;        // lengths of j and i
   int64_t outStride, inStride;  // of j in out, of i in x
-  uint32_t tiles;
+  int64_t tiles;
   Divisor tilesAcross, tilesDown;
   Layout<2> planes;  // the other axes; an item is a plane
 };
+static_assert(kDense<Transposition>);
 
 template <class T>
 constexpr int kTile = sizeof(T) == 8 ? 32 : 64;
@@ -152,7 +153,7 @@ bool transposed(const Call& call, Walk walk) {
   const int64_t across = ceilDiv(t.columns, kTile<T>), down = ceilDiv(t.rows, kTile<T>), tiles = across * down;
   t.tilesAcross = makeDivisor(across);
   t.tilesDown = makeDivisor(down);
-  t.tiles = static_cast<uint32_t>(tiles * walk.numel);
+  t.tiles = tiles * walk.numel;
   t.planes = makeLayout<2>(walk, 1);
   launch(call, {gridFor(context(call), t.tiles, 1), kItemThreads}, transposeKernel<T>, t);
   return true;

@@ -27,6 +27,7 @@ struct Batch {
   uint32_t blocks;
   uint32_t firstBlock[kCount];
   Group groups[kCount];
+  static_assert(kDense<Group>);
 
   // The group of a block: the last that begins at or before it.
   KG_DEVICE int groupOf(uint32_t block) const {
@@ -77,7 +78,7 @@ constexpr int kSumGroups = 128;
 struct Squared {
   const void* x;
   int64_t numel;
-  DType dtype;
+  int64_t dtype;  // DType
 };
 
 template <class T>
@@ -106,10 +107,11 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kThreads) void sumSquaresKernel(Batch<Squared, kSumGr
   const Squared& group = batch.groups[index];
   const int64_t first = static_cast<int64_t>(blockIdx.x - batch.firstBlock[index]) * kSumBlock;
   const int64_t n = group.numel - first < kSumBlock ? group.numel - first : kSumBlock;
+  const DType dtype = static_cast<DType>(group.dtype);
   double sum;
-  if (group.dtype == DType::F32) {
+  if (dtype == DType::F32) {
     sum = sumSquaresOf(static_cast<const float*>(group.x) + first, n);
-  } else if (group.dtype == DType::BF16) {
+  } else if (dtype == DType::BF16) {
     sum = sumSquaresOf(static_cast<const bf16*>(group.x) + first, n);
   } else {
     sum = sumSquaresOf(static_cast<const double*>(group.x) + first, n);
@@ -339,7 +341,7 @@ void kernel_sumSquares(const Call& call) {
   });
   for (int i = 1; i < call.tensorCount; i++) {
     dispatchFloat(call[i].dtype, [](auto) {});
-    batches.add({call[i].data, call[i].numel(), call[i].dtype}, call[i].numel());
+    batches.add({call[i].data, call[i].numel(), static_cast<int64_t>(call[i].dtype)}, call[i].numel());
   }
   batches.finish();
   launch(call, {gridOf(1), 1024}, sumPartials, call[0].ptr<double>(), partials, blocks, call.attr(0) != 0);

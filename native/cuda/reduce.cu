@@ -23,7 +23,7 @@ constexpr int kWarps = kItemThreads / kWarp;
 
 // The reduced axes of x in logical order, neighbours folded; from the inside.
 struct Inner {
-  int32_t ndim;
+  int64_t ndim;
   int64_t numel;
   Divisor lengths[kMaxDims];
   int64_t strides[kMaxDims];
@@ -51,11 +51,13 @@ struct Inner {
 struct Reduction {
   Layout<2> outer;  // the result, x
   Inner inner;
+  uint32_t tasks;  // results, or tiles of them; times blocks where there are partial results
   uint32_t blocks;
   Divisor byBlocks;
   Divisor byTiles;  // columns alone
   void* partials;   // [results][blocks], in the compute type; null: whole results
 };
+static_assert(kDense<Reduction>);
 
 // ---- one row and dtype ----------------------------------------------------------------------------------------------
 // S is the number as it is kept, row_compute_t<T> the one that the row is written for.
@@ -172,10 +174,10 @@ struct Task {
 };
 
 template <class Row, class T>
-KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void reduceWarps(Reduction r, uint32_t tasks) {
+KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void reduceWarps(Reduction r) {
   using S = compute_t<T>;
   const uint32_t step = gridDim.x * kWarps;
-  KG_LOOP for (uint32_t i = blockIdx.x * kWarps + warpId(); i < tasks; i += step) {
+  KG_LOOP for (uint32_t i = blockIdx.x * kWarps + warpId(); i < r.tasks; i += step) {
     const Task task = Task::of(r, i);
     int64_t at[2];
     locate<1>(r.outer, task.result, at);
@@ -196,12 +198,12 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void reduceWarps(Reduction r, uint32_t 
 
 // Thread (lane j, column c) is 32 j + c; after a turn in shared memory warp c holds column c.
 template <class Row, class T>
-KG_GLOBAL KG_LAUNCH_BOUNDS(kBlock) void reduceColumns(Reduction r, uint32_t tasks) {
+KG_GLOBAL KG_LAUNCH_BOUNDS(kBlock) void reduceColumns(Reduction r) {
   using S = compute_t<T>;
   KG_SHARED(S, turned, kWarp * kPitch);
   const int column = laneId(), lane = warpId();
   const uint32_t columns = r.outer.innerLength;
-  KG_LOOP for (uint32_t i = blockIdx.x; i < tasks; i += gridDim.x) {
+  KG_LOOP for (uint32_t i = blockIdx.x; i < r.tasks; i += gridDim.x) {
     const Task task = Task::of(r, i);
     uint32_t tile;
     const uint32_t row = divide(task.result, r.byTiles, &tile);
@@ -260,8 +262,8 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kBlock) void joinBlocks(Reduction r) {
 // The kernels of one row and dtype, so that what follows exists once.
 struct Reducer {
   void (*threads)(Reduction);
-  void (*warps)(Reduction, uint32_t);
-  void (*columns)(Reduction, uint32_t);
+  void (*warps)(Reduction);
+  void (*columns)(Reduction);
   void (*join)(Reduction);
   int64_t computeSize;
 };
@@ -311,8 +313,8 @@ void reducePiece(const Call& call, const Reducer& reducer, const Walk& outer, Re
   }
   const int64_t wanted = columns ? tasks : ceilDiv(tasks, kWarps), most = int64_t{on.processors} * 64;
   const dim3 grid = gridOf(wanted < most ? wanted : most);
-  launch(call, {grid, columns ? kBlock : kItemThreads}, columns ? reducer.columns : reducer.warps, r,
-         static_cast<uint32_t>(tasks));
+  r.tasks = static_cast<uint32_t>(tasks);
+  launch(call, {grid, columns ? kBlock : kItemThreads}, columns ? reducer.columns : reducer.warps, r);
   if (r.partials == nullptr) return;
   const bool whole = r.blocks > kFewBlocks;
   launch(call, {gridOf(whole ? results : ceilDiv(results, kWarps)), whole ? kBlock : kItemThreads}, reducer.join, r);

@@ -5,6 +5,8 @@
 // Items are numbered in 32 bits and offsets computed in 64: what has more items than that is cut on the host.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/block.h"
 
 // Statement before a loop: its body stays once, for the size of the binary.
@@ -82,6 +84,11 @@ void forPieces(const Walk& walk, F f) {
   }
 }
 
+// What kernels are given by value has no padding beside arrays: gcc 12 clears it in the wrong place where it is told to
+// initialize variables (-ftrivial-auto-var-init, as the SIMT layer is built).
+template <class T>
+constexpr bool kDense = std::has_unique_object_representations_v<T>;
+
 // ---- what a kernel is given -----------------------------------------------------------------------------------------
 template <int N>
 struct Layout {
@@ -89,8 +96,8 @@ struct Layout {
   uint32_t innerLength;  // elements
   int32_t outerAxes;
   Divisor itemsPerLine;
-  Divisor lengths[kMaxDims - 1];  // of the outer axes, from the inside
-  int64_t strides[N][kMaxDims];   // in elements: the innermost axis, then the outer ones from the inside
+  Divisor lengths[kMaxDims];     // of the outer axes, from the inside
+  int64_t strides[N][kMaxDims];  // in elements: the innermost axis, then the outer ones from the inside
   char* data[N];
 
   KG_DEVICE bool splat(int operand) const { return strides[operand][0] == 0; }
@@ -98,6 +105,7 @@ struct Layout {
 
 template <int N>
 Layout<N> makeLayout(const Walk& walk, int width) {
+  static_assert(kDense<Layout<N>>);
   Layout<N> l{};
   const int64_t perLine = ceilDiv(walk.inner(), width);
   l.items = static_cast<uint32_t>(walk.numel / walk.inner() * perLine);
