@@ -11,6 +11,10 @@ namespace kg::cuda {
 
 const Context& context(const Call& call) { return static_cast<Queue&>(call.stream->queue()).context(); }
 
+void* acquire(const Call& call, size_t bytes, const char* what) {
+  return static_cast<Queue&>(call.stream->queue()).acquire(bytes, what);
+}
+
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // not the next launch's

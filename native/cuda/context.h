@@ -64,6 +64,10 @@ struct Context {
 };
 const Context& context(const Call& call);
 
+// Memory of the device that outlives the call, the caller's to cudaFree; memory in the cache is given back for it.
+// Throws where there is none.
+void* acquire(const Call& call, size_t bytes, const char* what);
+
 // Throws "CUDA: <error> in <what>".
 void check(cudaError_t status, const char* what);
 // Raises a kernel's dynamic shared memory limit, once a kernel and device.

@@ -215,7 +215,7 @@ class Products {
   ~Products();
   Products(const Products&) = delete;
 
-  void prepare();
+  void prepare(const Call& call);
   const Plan& planFor(const Problem& problem);
   void run(const Plan& plan, const Gemm& g, cudaStream_t stream);
 
@@ -232,13 +232,9 @@ class Products {
   std::unordered_map<Problem, Plan, ProblemHash> plans_;
 };
 
-void Products::prepare() {
+void Products::prepare(const Call& call) {
   check(cublas().Create(&handle_), "Create");
-  if (cudaMalloc(&workspace_, kGemmWorkspaceBytes) != cudaSuccess) {
-    cudaGetLastError();  // not the next launch's
-    fail("expected %zu MiB of device memory for matrix products, found less free; try a smaller batch",
-         kGemmWorkspaceBytes >> 20);
-  }
+  workspace_ = acquire(call, kGemmWorkspaceBytes, "matrix products");
   check(cublas().MatmulPreferenceCreate(&preference_), "MatmulPreferenceCreate");
   set(preference_, lt::PreferenceAttribute::MaxWorkspaceBytes, uint64_t(kGemmWorkspaceBytes));
   set(preference_, lt::PreferenceAttribute::ReductionSchemeMask, lt::ReductionScheme::ComputeType);
@@ -323,13 +319,14 @@ Registry& registry() {
   return *instance;
 }
 
-Products& productsOf(cudaStream_t stream) {
+Products& productsOf(const Call& call) {
+  const cudaStream_t stream = context(call).stream;
   Registry& all = registry();
   const std::lock_guard<std::mutex> lock(all.mutex);
   const auto at = all.products.find(stream);
   if (at != all.products.end()) return *at->second;
   auto made = std::make_unique<Products>();
-  made->prepare();
+  made->prepare(call);
   return *all.products.emplace(stream, std::move(made)).first->second;
 }
 
@@ -368,10 +365,9 @@ void gemm(const Call& call, const Gemm& g) {
   Problem problem;
   if (g.K == 0 || !problemOf(g, problem)) return general(call, g);
   if (g.bias && !problem.bias) return biasFirst(call, g);
-  const cudaStream_t stream = context(call).stream;
-  Products& products = productsOf(stream);
+  Products& products = productsOf(call);
   const Plan& plan = products.planFor(problem);
-  if (plan.choice.found) return products.run(plan, g, stream);
+  if (plan.choice.found) return products.run(plan, g, context(call).stream);
   g.bias ? biasFirst(call, g) : general(call, g);
 }
 

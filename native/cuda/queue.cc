@@ -26,6 +26,11 @@ void releaseDevice(void* self, void* memory, size_t) {
   cudaFree(memory);
 }
 
+void leftOnDevice(void* self, size_t* free, size_t* total) {
+  cudaSetDevice(*static_cast<int*>(self));
+  if (cudaMemGetInfo(free, total) != cudaSuccess) cudaGetLastError();
+}
+
 Fault faultOf(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   return std::make_shared<const std::string>(std::string("[copy to the host] CUDA: ") + cudaGetErrorString(error) +
@@ -70,10 +75,11 @@ void Queue::finish() {
   cudaStreamSynchronize(context_.stream);
 }
 
-MemorySource Queue::memory() { return {acquireDevice, releaseDevice, &device_}; }
+MemorySource Queue::memory() { return {acquireDevice, releaseDevice, leftOnDevice, &device_}; }
 
-void Queue::start(FaultHandler handler) {
+void Queue::start(FaultHandler handler, Reclaim reclaim) {
   handler_ = std::move(handler);
+  reclaim_ = std::move(reclaim);
   cudaSetDevice(device_);
 }
 
@@ -85,16 +91,26 @@ void Queue::fill(char* data, int byte, size_t count) {
   check(cudaMemsetAsync(data, byte, count, context_.stream), "cudaMemset");
 }
 
+void* Queue::acquire(size_t bytes, const char* what) {
+  void* memory = acquireDevice(&device_, bytes);
+  if (!memory) {
+    check(cudaStreamSynchronize(context_.stream), "cudaStreamSynchronize");
+    if (reclaim_()) memory = acquireDevice(&device_, bytes);
+  }
+  if (!memory)
+    failOutOfMemory("out of memory: expected %.1f MiB for %s on the GPU, found less; try a smaller batch",
+                    bytes / double(1 << 20), what);
+  return memory;
+}
+
 void* Queue::scratch(size_t bytes) {
   if (bytes <= scratchBytes_) return scratch_;
   check(cudaStreamSynchronize(context_.stream), "cudaStreamSynchronize");  // kernels still use the smaller block
   cudaFree(scratch_);
+  scratch_ = nullptr;
   scratchBytes_ = 0;
   const size_t size = (bytes + kScratchStep - 1) / kScratchStep * kScratchStep;
-  scratch_ = acquireDevice(&device_, size);
-  if (!scratch_)
-    fail("out of memory: expected %.1f MiB of scratch memory on the GPU, found less free; try a smaller batch",
-         bytes / double(1 << 20));
+  scratch_ = acquire(size, "intermediate results");
   scratchBytes_ = size;
   return scratch_;
 }

@@ -24,7 +24,7 @@ class Queue final : public DeviceQueue {
 
   MemorySource memory() override;
   bool deferred() const override { return true; }
-  void start(FaultHandler handler) override;
+  void start(FaultHandler handler, Reclaim reclaim) override;
   void launching(KernelId id, uint32_t ticket) override;
   void upload(char* to, const void* bytes, size_t count) override;
   void download(void* to, const char* from, size_t count, Done done) override;
@@ -33,6 +33,8 @@ class Queue final : public DeviceQueue {
   void finish() override;
 
   const Context& context() const { return context_; }
+  // Memory of the device outside of any storage, kept to the end. What the cache holds is given back for it.
+  void* acquire(size_t bytes, const char* what);
 
  private:
   // Launches take turns, so that a fault hides another only in its own turn.
@@ -61,6 +63,7 @@ class Queue final : public DeviceQueue {
   FaultSlot* slots_ = nullptr;      // on the device
   uint32_t reported_[kSlots] = {};  // tickets: a fault is read with every copy until its slot has been cleared
   FaultHandler handler_;
+  Reclaim reclaim_;
   void* scratch_ = nullptr;
   size_t scratchBytes_ = 0;
   PinnedPool pinned_;

@@ -32,7 +32,7 @@ void releaseHost(void*, void* memory, size_t bytes) { munmap(memory, bytes); }
 
 }  // namespace
 
-MemorySource hostMemory() { return {acquireHost, releaseHost, nullptr}; }
+MemorySource hostMemory() { return {acquireHost, releaseHost, nullptr, nullptr}; }
 
 CachingAllocator::~CachingAllocator() {
   for (auto& [begin, size] : segments_) source_.release(source_.self, begin, size);
@@ -66,7 +66,7 @@ void* CachingAllocator::allocateLarge(size_t bytes) {
     if (!segment) return nullptr;
     reserved_ += size;
     segments_[segment] = size;
-    blocks_[segment] = {segment, size, true, nullptr, nullptr, segment};
+    blocks_[segment] = {segment, size, true, 0, nullptr, nullptr, segment};
     found = free_.insert({size, segment}).first;
   }
   char* begin = found->second;
@@ -75,7 +75,7 @@ void* CachingAllocator::allocateLarge(size_t bytes) {
   block.free = false;
   if (block.size - bytes >= kSmallLimit) {
     char* rest = begin + bytes;
-    Block remainder{rest, block.size - bytes, true, begin, block.next, block.segment};
+    Block remainder{rest, block.size - bytes, true, block.position, begin, block.next, block.segment};
     if (block.next) blocks_[block.next].previous = rest;
     block.next = rest;
     block.size = bytes;
@@ -85,17 +85,18 @@ void* CachingAllocator::allocateLarge(size_t bytes) {
   return begin;
 }
 
-void CachingAllocator::release(void* memory, size_t bytes) {
+void CachingAllocator::release(void* memory, size_t bytes, uint64_t position) {
   char* begin = static_cast<char*>(memory);
   if (bytes <= kSmallLimit)
     smallFree_[(bytes - 1) / kAlign].push_back(begin);
   else
-    releaseLarge(begin);
+    releaseLarge(begin, position);
 }
 
-void CachingAllocator::releaseLarge(char* begin) {
+void CachingAllocator::releaseLarge(char* begin, uint64_t position) {
   Block block = blocks_[begin];
   block.free = true;
+  block.position = position;  // the latest: neighbours were freed before
   if (block.next && blocks_[block.next].free) {
     Block next = blocks_[block.next];
     free_.erase({next.size, next.begin});
@@ -109,6 +110,7 @@ void CachingAllocator::releaseLarge(char* begin) {
     free_.erase({previous.size, previous.begin});
     blocks_.erase(block.begin);
     previous.size += block.size;
+    previous.position = position;
     previous.next = block.next;
     if (previous.next) blocks_[previous.next].previous = previous.begin;
     block = previous;
@@ -117,12 +119,12 @@ void CachingAllocator::releaseLarge(char* begin) {
   free_.insert({block.size, block.begin});
 }
 
-size_t CachingAllocator::trim() {
+size_t CachingAllocator::trim(uint64_t position) {
   size_t bytes = 0;
   for (auto it = segments_.begin(); it != segments_.end();) {
     auto [begin, size] = *it;
     Block& block = blocks_[begin];
-    if (block.free && block.size == size) {
+    if (block.free && block.size == size && block.position <= position) {
       free_.erase({size, begin});
       blocks_.erase(begin);
       source_.release(source_.self, begin, size);

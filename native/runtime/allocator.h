@@ -1,7 +1,7 @@
 // A caching allocator for one stream. Freed memory is reused at once: commands run in the order in which they were
 // enqueued, so whatever still reads the old contents runs before whatever writes the new ones. Memory therefore
-// never goes back to the system while the stream has work in flight (the caller synchronizes before trim()).
-// Used from the thread that enqueues only.
+// never goes back to the system while the stream may still use it: each free block knows the last command that may, and
+// the caller waits for the device before trim(). Not thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +12,13 @@
 
 namespace kg {
 
-// Where device memory comes from. acquire returns nullptr when there is none; `self` is handed to both.
+// Where device memory comes from. acquire returns nullptr when there is none; `self` is handed to all.
 struct MemorySource {
   void* (*acquire)(void* self, size_t bytes);
   void (*release)(void* self, void* memory, size_t bytes);
-  void* self = nullptr;
+  // What the device has left, and has; may be null.
+  void (*left)(void* self, size_t* free, size_t* total);
+  void* self;
 };
 
 class CachingAllocator {
@@ -27,10 +29,11 @@ class CachingAllocator {
 
   // 64-byte aligned; nullptr when the source has no more. bytes > 0.
   void* allocate(size_t bytes);
-  // bytes: as they were asked for.
-  void release(void* memory, size_t bytes);
-  // Gives wholly free segments back to the source; returns the number of bytes.
-  size_t trim();
+  // bytes: as they were asked for. `position`: of the last command that may use the memory.
+  void release(void* memory, size_t bytes, uint64_t position);
+  // Gives segments back to the source that are wholly free since a command up to `position`; returns the number of
+  // bytes.
+  size_t trim(uint64_t position);
   size_t reserved() const { return reserved_; }
 
  private:
@@ -38,13 +41,14 @@ class CachingAllocator {
     char* begin;
     size_t size;
     bool free;
+    uint64_t position;      // since when it is free
     char *previous, *next;  // nullptr at the ends of the segment
     char* segment;
   };
   using FreeKey = std::pair<size_t, char*>;
 
   void* allocateLarge(size_t bytes);
-  void releaseLarge(char* begin);
+  void releaseLarge(char* begin, uint64_t position);
   void* allocateSmall(int sizeClass);
 
   MemorySource source_;

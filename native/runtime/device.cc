@@ -94,6 +94,7 @@ std::unique_ptr<Stream> makeCudaStream(const std::string& device, int index, All
   if (index >= static_cast<int>(status.devices.size()))
     notAvailable(device, "this machine has " + std::to_string(status.devices.size()) + " usable GPU(s)",
                  "use cuda:0, or look at CUDA_VISIBLE_DEVICES");
+  mode.shared = true;
   const CudaDevice& found = status.devices[index];
   if (!found.reason.empty()) notAvailable(device, found.reason, "use another device, or --device cpu");
   return std::make_unique<Stream>(cuda::kernels(), kernelInfos(), cuda::makeQueue(index), mode);
@@ -103,7 +104,9 @@ std::unique_ptr<Stream> makeCudaStream(const std::string& device, int index, All
 }  // namespace
 
 std::unique_ptr<Stream> makeStream(const std::string& device) {
-  const Allocation mode{isOne("KEELGRAD_GUARDS"), isOne("KEELGRAD_DIRECT_ALLOCATION")};
+  Allocation mode;
+  mode.guards = isOne("KEELGRAD_GUARDS");
+  mode.direct = isOne("KEELGRAD_DIRECT_ALLOCATION");
   if (device == "cpu") return std::make_unique<Stream>(cpuKernels(), kernelInfos(), makeHostQueue(), mode);
   const int index = cudaIndex(device);
   if (index < 0) fail("expected the device cpu, cuda or cuda:<number>, found %s", device.c_str());

@@ -31,7 +31,8 @@ class HostQueue final : public DeviceQueue {
     const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     scratch_ = aligned_alloc(kHugePage, size);
     scratchBytes_ = scratch_ ? size : 0;
-    if (!scratch_) fail("out of host memory: %zu bytes of scratch", bytes);
+    if (!scratch_)
+      failOutOfMemory("out of memory: expected %zu bytes of scratch, found less; try a smaller batch", bytes);
 #ifdef MADV_HUGEPAGE
     madvise(scratch_, size, MADV_HUGEPAGE);
 #endif

@@ -27,6 +27,8 @@ class DeviceQueue {
   // Null, or why the copy failed. On the executor's thread or, deferred, on one thread of the queue; in order of
   // asking.
   using Done = std::function<void(Fault)>;
+  // Gives cached memory back to the device that nothing executed so far, all of it done, uses; whether there was any.
+  using Reclaim = std::function<bool()>;
 
   virtual ~DeviceQueue() = default;
 
@@ -35,7 +37,7 @@ class DeviceQueue {
   // Whether work may still run after the call that asked for it has returned. Any thread.
   virtual bool deferred() const = 0;
   // Once, before anything else.
-  virtual void start(FaultHandler) {}
+  virtual void start(FaultHandler, Reclaim) {}
   // Kernel `id` is about to be called.
   virtual void launching(KernelId, uint32_t /*ticket*/) {}
   // The bytes are taken before this returns.

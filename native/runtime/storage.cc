@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 #include "runtime/error.h"
@@ -41,31 +42,48 @@ Storage& StorageTable::newSlot(double* handle) {
   return s;
 }
 
+std::unique_lock<std::mutex> StorageTable::lockAllocator() {
+  return mode_.shared ? std::unique_lock<std::mutex>(mutex_) : std::unique_lock<std::mutex>();
+}
+
 void* StorageTable::allocate(size_t bytes) {
-  return mode_.direct ? source_.acquire(source_.self, bytes) : allocator_.allocate(bytes);
+  if (mode_.direct) return source_.acquire(source_.self, bytes);
+  auto lock = lockAllocator();
+  return allocator_.allocate(bytes);
 }
 
 void StorageTable::giveBack(void* memory, size_t bytes) {
-  if (!mode_.direct) return allocator_.release(memory, bytes);
-  hooks_.synchronize();
-  source_.release(source_.self, memory, bytes);
+  if (mode_.direct) {
+    hooks_.synchronize();
+    return source_.release(source_.self, memory, bytes);
+  }
+  auto lock = lockAllocator();
+  allocator_.release(memory, bytes, hooks_.position());
+}
+
+void StorageTable::failFor(size_t bytes) {
+  constexpr double mib = 1 << 20;
+  const size_t* t = counters_.byTag;
+  char device[128] = "";
+  if (source_.left) {
+    size_t free = 0, total = 0;
+    source_.left(source_.self, &free, &total);
+    snprintf(device, sizeof device, ", in the cache for reuse %.1f; the device has %.1f of %.1f MiB left",
+             (reserved() - counters_.allocated) / mib, free / mib, total / mib);
+  }
+  failOutOfMemory(
+      "out of memory: %.1f MiB asked for; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "
+      "activations %.1f MiB%s; try a smaller batch, a shorter max length, or LoRA in place of full training",
+      bytes / mib, t[1] / mib, t[2] / mib, t[3] / mib, t[4] / mib, t[0] / mib, device);
 }
 
 char* StorageTable::obtain(size_t bytes) {
   size_t padded = mode_.guards ? bytes + 2 * kGuard : bytes;
   void* memory = allocate(padded);
   if (!memory) {
-    hooks_.synchronize();
-    if (allocator_.trim()) memory = allocate(padded);
+    if (trim()) memory = allocate(padded);
   }
-  if (!memory) {
-    const size_t* t = counters_.byTag;
-    constexpr double mib = 1 << 20;
-    fail(
-        "out of memory: %.1f MiB asked for; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "
-        "activations %.1f MiB; try a smaller batch, a shorter max length, or LoRA in place of full training",
-        bytes / mib, t[1] / mib, t[2] / mib, t[3] / mib, t[4] / mib, t[0] / mib);
-  }
+  if (!memory) failFor(bytes);
   char* data = static_cast<char*>(memory);
   if (!mode_.guards) return data;
   hooks_.filled(data, padded);
@@ -143,7 +161,18 @@ void StorageTable::release(double handle) {
 
 size_t StorageTable::trim() {
   hooks_.synchronize();
-  return allocator_.trim();
+  return reclaim(hooks_.position());
+}
+
+size_t StorageTable::reclaim(uint64_t position) {
+  auto lock = lockAllocator();
+  return allocator_.trim(position);
+}
+
+size_t StorageTable::reserved() {
+  if (mode_.direct) return counters_.allocated;
+  auto lock = lockAllocator();
+  return allocator_.reserved();
 }
 
 }  // namespace kg

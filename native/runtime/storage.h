@@ -1,13 +1,14 @@
 // Storages: blocks of device memory behind integer handles, with a reference count, a generation and a tag.
 //
 // A handle is index + generation * 2^24, so that a stale one is an error and not somebody else's memory. All methods
-// are called on the thread that enqueues; only `fault` belongs to the executor.
+// are called on the thread that enqueues, but reclaim(); only `fault` belongs to the executor.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -47,13 +48,15 @@ struct MemoryCounters {
 struct StreamHooks {
   virtual void filled(char* data, size_t bytes) = 0;
   virtual void check(char* data, size_t bytes) = 0;
-  virtual void synchronize() = 0;  // everything enqueued so far is done
+  virtual void synchronize() = 0;   // everything enqueued so far is done
+  virtual uint64_t position() = 0;  // where the next command will be enqueued
 };
 
 // How storages get memory.
 struct Allocation {
   bool guards = false;  // zones around each, checked when it is freed
   bool direct = false;  // no cache: each storage is an allocation of the device's own, for memory checkers
+  bool shared = false;  // reclaim() may be called
 };
 
 class StorageTable {
@@ -69,19 +72,26 @@ class StorageTable {
   // Throws on a stale or unknown handle.
   Storage& at(double handle);
   size_t trim();
+  // For a kernel that finds no memory of its own: as trim(), of what only commands up to `position` may use. They are
+  // done, on the device too. On any thread.
+  size_t reclaim(uint64_t position);
   void resetPeak() { counters_.peak = counters_.allocated; }
   const MemoryCounters& counters() const { return counters_; }
-  size_t reserved() const { return mode_.direct ? counters_.allocated : allocator_.reserved(); }
+  size_t reserved();
 
   static constexpr size_t kGuard = 64;  // bytes of guard zone on each side
 
  private:
   Storage& newSlot(double* handle);
   char* obtain(size_t bytes);
+  [[noreturn]] void failFor(size_t bytes);
   void* allocate(size_t bytes);
   void giveBack(void* memory, size_t bytes);
 
   MemorySource source_;
+  std::unique_lock<std::mutex> lockAllocator();
+
+  std::mutex mutex_;  // of the allocator, where reclaim() may be called
   CachingAllocator allocator_;
   StreamHooks& hooks_;
   Allocation mode_;

@@ -25,6 +25,23 @@ KG_INLINE void cpuRelax() {
 
 size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
+Fault faultOf(const KernelInfo& info, const std::string& reason) {
+  return std::make_shared<const std::string>(std::string("[") + info.name + "] " + reason);
+}
+
+// " (float32[2,3], none, int32[4])"
+std::string shapesOf(const TensorView* tensors, int count) {
+  std::string text;
+  for (int i = 0; i < count; i++) {
+    text += std::string(i ? ", " : " (") + dtypeName(tensors[i].dtype);
+    if (!tensors[i].present()) continue;
+    for (int axis = 0; axis < tensors[i].ndim; axis++)
+      text += (axis ? "," : "[") + std::to_string(tensors[i].shape[axis]);
+    text += tensors[i].ndim ? "]" : "[]";
+  }
+  return text + ")";
+}
+
 }  // namespace
 
 // A command in the ring: this header, then (Launch) tensors, owners, attributes; (Upload) the bytes, unless they are in
@@ -233,7 +250,8 @@ std::unique_lock<std::mutex> Stream::lockFaults() {
 }
 
 void Stream::executorLoop() {
-  queue_->start([this](uint32_t ticket, const std::string& reason) { deviceFault(ticket, reason); });
+  queue_->start([this](uint32_t ticket, const std::string& reason) { deviceFault(ticket, reason); },
+                [this] { return storages_.reclaim(consumed_.load(std::memory_order_relaxed)) > 0; });
   for (;;) {
     uint64_t at = consumed_.load(std::memory_order_relaxed);
     for (int spins = 0; written_.load(std::memory_order_acquire) == at && spins < kSpins; spins++) cpuRelax();
@@ -331,7 +349,7 @@ Fault Stream::leaveRead(const FaultLog::Read& read) {
 void Stream::deviceFault(uint32_t ticket, const std::string& reason) {
   auto lock = lockFaults();
   const char* op = log_.kernelOf(ticket);
-  auto fault = std::make_shared<const std::string>(op ? std::string("[") + op + "] " + reason : reason);
+  Fault fault = std::make_shared<const std::string>(op ? std::string("[") + op + "] " + reason : reason);
   log_.fail(ticket, fault);
   reportDeviceFault(fault);
 }
@@ -357,10 +375,12 @@ void Stream::executeKernel(Header* h) {
       Kernel kernel = kernels_.kernels[static_cast<int>(h->kernel)];
       if (!kernel) fail("has no %s kernel in this build", kernels_.name);
       return kernel(call);
+    } catch (const OutOfMemory& e) {
+      fault = faultOf(info, e.what() + shapesOf(h->tensors(), h->tensorCount));
     } catch (const std::exception& e) {
-      fault = std::make_shared<const std::string>(std::string("[") + info.name + "] " + e.what());
-      report(fault);
+      fault = faultOf(info, e.what());
     }
+    report(fault);
   }
   if (info.inPlace) return;
   auto lock = lockFaults();

@@ -1,6 +1,7 @@
 // The Tensor: a strided, typed view of a storage, plus its place on the tape. Knows no op: src/ops adds the methods.
 import { addon } from '../native/addon.js';
 import { type DType, dtypes, type HostArray, hostArray } from './dtype.js';
+import { explainAllocation } from './out-of-memory.js';
 import { adopt, defineTensorTest } from './scope.js';
 import { contiguousStrides, isContiguous, sizeOf } from './shape.js';
 import { type Device, defaultDevice, Storage } from './storage.js';
@@ -27,6 +28,14 @@ export interface TensorParts {
   byteOffset?: number;
   node?: TapeNode | null;
   output?: number;
+}
+
+function allocate(device: Device, bytes: number, dtype: DType, shape: readonly number[]): Storage {
+  try {
+    return Storage.create(device, bytes);
+  } catch (error) {
+    throw explainAllocation(error, `${dtype} [${shape}] on ${device}`);
+  }
 }
 
 export class Tensor {
@@ -81,7 +90,8 @@ export class Tensor {
     const bytes = sizeOf(shape) * dtypes[dtype].size;
     if (!Number.isSafeInteger(bytes))
       throw new RangeError(`[Tensor.empty] expected a size that can be addressed, found [${shape}] of ${dtype}`);
-    return new Tensor({ storage: Storage.create(options.device ?? defaultDevice(), bytes), dtype, shape: [...shape] });
+    const device = options.device ?? defaultDevice();
+    return new Tensor({ storage: allocate(device, bytes, dtype, shape), dtype, shape: [...shape] });
   }
 
   get device(): Device {

@@ -1,0 +1,46 @@
+// The error of a device that has no more memory: which op asked, for what, who holds the rest.
+import { KeelgradError } from '../errors.js';
+
+/** A device has no memory left for a tensor. Nothing was changed: free something, or ask for less, and go on. */
+export class OutOfMemoryError extends KeelgradError {}
+
+// Functions that make tensors for ops: the op is whoever called them.
+const makers =
+  /^(Storage|Tensor)\.|^(emptyLike|copyTo|fill|full|zeros|ones|zerosLike|onesLike|launch|fused|fusedOutputs|record|owned|scope)$/;
+
+/** The op that a stack stands in: the outermost named function of src/ops nearest to its top. */
+function opOf(stack: string): string | undefined {
+  let found: string | undefined;
+  let inOps = false;
+  for (const line of stack.split('\n')) {
+    const frame = /^\s*at (?:async )?(?:(\S+) (?:\[as \w+\] )?\()?.*[/\\](\w+)[/\\][\w.-]+:\d+:\d+\)?$/.exec(line);
+    if (!frame) continue;
+    const [, name, folder] = frame;
+    if (folder === 'ops') {
+      inOps = true;
+      if (name && /^\w+$/.test(name) && !makers.test(name)) found = name;
+    } else if (inOps && folder !== 'autograd' && folder !== 'tensor') {
+      break;
+    }
+  }
+  return found;
+}
+
+/** An error of the native layer, with the tensor that was asked for and the op that asked. */
+export function explainAllocation(error: unknown, what: string): unknown {
+  const { message, stack = '' } = error as Error;
+  if (!message.startsWith('out of memory')) return error;
+  const op = opOf(stack);
+  return new OutOfMemoryError(`${op ? `[${op}] ` : ''}${message} (for ${what})`, { cause: error });
+}
+
+/** Runs the backward pass of an op: memory that runs out in it is told under the op's name. */
+export function inBackwardOf<T>(op: string, f: () => T): T {
+  try {
+    return f();
+  } catch (error) {
+    if (!(error instanceof OutOfMemoryError) || error.message.includes('backward of')) throw error;
+    const message = error.message.replace(/^(\[\w+\] )?/, `[backward of ${op}] `);
+    throw new OutOfMemoryError(message, { cause: error.cause });
+  }
+}
