@@ -1,0 +1,43 @@
+// A long run holds no more at its end than near its beginning: tensors, bytes of the device, bytes of the process.
+import { describe, expect, test } from 'vitest';
+import { memory } from '../../src/tensor/storage.js';
+import { fixturePairs, temporaryFolder, train } from '../train/support.js';
+import { gpu, makeAlignedModel, needsGpu, stepsOr } from './device.js';
+
+const steps = stepsOr(2000);
+
+interface Sample {
+  readonly storages: number;
+  readonly allocated: number;
+  readonly reserved: number;
+  readonly resident: number;
+}
+
+describe.skipIf(!gpu)(`${steps} steps without a leak (${gpu ?? needsGpu})`, () => {
+  const folder = temporaryFolder();
+
+  test.each(['dpo', 'spo'] as const)(
+    '%s',
+    async (method) => {
+      const model = await makeAlignedModel(folder.path('model'));
+      const data = folder.write('pairs.json', fixturePairs(8));
+      const before = memory(gpu!).storages;
+      const samples: Sample[] = [];
+      const sample = (): void => {
+        const { storages, allocated, reserved } = memory(gpu!);
+        samples.push({ storages, allocated, reserved, resident: process.memoryUsage.rss() });
+      };
+      const options = { model, data, device: 'cuda', 'batch-size': 4, 'max-steps': steps, 'no-shuffle': true };
+      await train(method, { ...options, dtype: 'bfloat16' }, { onUpdate: sample });
+      expect(samples.length).toBeGreaterThanOrEqual(steps);
+      const early = samples[Math.floor(steps / 5)];
+      const last = samples[samples.length - 1];
+      expect(last.storages).toBeLessThanOrEqual(early.storages);
+      expect(last.allocated).toBeLessThanOrEqual(early.allocated);
+      expect(last.reserved).toBeLessThanOrEqual(1.1 * early.reserved);
+      expect(last.resident - early.resident).toBeLessThan(64 << 20);
+      expect(memory(gpu!).storages).toBe(before);
+    },
+    900_000,
+  );
+});

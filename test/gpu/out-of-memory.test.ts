@@ -1,0 +1,79 @@
+// A GPU without memory left: the error says what was asked for and who holds the rest, and the process goes on after it.
+import { afterEach, describe, expect, test } from 'vitest';
+import '../../src/ops/methods.js';
+import { full } from '../../src/ops/movement.js';
+import { scope } from '../../src/tensor/scope.js';
+import { memory, synchronize, trimMemory } from '../../src/tensor/storage.js';
+import { Tensor } from '../../src/tensor/tensor.js';
+import { fixturePairs, temporaryFolder, train } from '../train/support.js';
+import { gpu, makeAlignedModel, needsGpu } from './device.js';
+
+const mib = 1 << 18; // float32 elements
+
+describe.skipIf(!gpu)(`out of memory (${gpu ?? needsGpu})`, () => {
+  const folder = temporaryFolder();
+  const held: Tensor[] = [];
+
+  afterEach(() => {
+    for (const t of held.splice(0)) t.dispose();
+    trimMemory(gpu!);
+  });
+
+  const hold = (elements: number): Tensor => Tensor.empty([elements], { device: gpu! });
+
+  /** Takes memory in ever smaller pieces until none of `least` MiB is left; the last error. */
+  function fill(least: number): Error {
+    let last = new Error('nothing failed');
+    for (let size = 4096; size >= least; size /= 4)
+      for (;;) {
+        try {
+          held.push(hold(size * mib));
+        } catch (error) {
+          last = error as Error;
+          break;
+        }
+      }
+    return last;
+  }
+
+  /** A sum on the device, as a check that it works. */
+  const works = (): number =>
+    scope(() => {
+      const x = Tensor.from(Float32Array.of(1, 2, 3), { device: gpu! });
+      return x.mul(x).sum().item();
+    });
+
+  test('says what was asked for and what is held, and goes on', () => {
+    const before = memory(gpu!).storages;
+    const { message } = fill(1);
+    expect(message).toMatch(/^out of memory: [\d.]+ MiB asked for; held: weights/);
+    expect(message).toContain('try');
+    for (const t of held.splice(0)) t.dispose();
+    expect(memory(gpu!).storages).toBe(before);
+    expect(works()).toBe(14);
+  });
+
+  test('an op that finds no memory is named, and nothing is lost', () => {
+    const x = full([16 * mib], 2, { device: gpu! });
+    held.push(x);
+    fill(4);
+    const { storages, allocated } = memory(gpu!);
+    expect(() => scope(() => x.mul(x).dataSync())).toThrow(/^\[mul\] out of memory/);
+    synchronize(gpu!);
+    expect(memory(gpu!)).toMatchObject({ storages, allocated });
+    expect(x.view([3], [1]).dataSync()).toEqual(Float32Array.of(2, 2, 2));
+  });
+
+  test('a run that finds no memory ends with the error, and the next one trains', async () => {
+    const model = await makeAlignedModel(folder.path('model'));
+    const data = folder.write('pairs.json', fixturePairs(8));
+    const options = { model, data, device: 'cuda', 'max-steps': 2, 'batch-size': 4 };
+    const before = memory(gpu!).storages;
+    fill(1);
+    await expect(train('dpo', options)).rejects.toThrow(/out of memory/);
+    for (const t of held.splice(0)) t.dispose();
+    expect(memory(gpu!).storages).toBe(before);
+    expect((await train('dpo', options)).metrics).toHaveLength(2);
+    expect(memory(gpu!).storages).toBe(before);
+  });
+});
