@@ -1,4 +1,4 @@
-// npm run bench -- [--filter NAME] [--json FILE] [--sections ops,gemm,latency,startup,steps] [--dtypes float32,bfloat16]
+// npm run bench -- [--filter NAME] [--json FILE] [--sections ops,gemm,latency,startup,steps,spo] [--dtypes float32,bfloat16]
 //                  [--time MS] [--threads N] [--device cpu] [--no-peer] [--list]
 // Prints a table a section, PyTorch beside ours where it is there, and writes all rows as JSON. Times nothing in tests.
 import { writeFileSync } from 'node:fs';
@@ -9,6 +9,7 @@ import { printTable } from './harness.mjs';
 import { latencyWork } from './latency.mjs';
 import { opWork } from './ops.mjs';
 import { Peer } from './peer.mjs';
+import { spoWork } from './spo.mjs';
 import { startupWork } from './startup.mjs';
 import { stepWork } from './steps.mjs';
 
@@ -26,7 +27,14 @@ const { values: options } = parseArgs({
   },
 });
 
-const sources = { latency: latencyWork, startup: startupWork, gemm: opWork, ops: opWork, steps: stepWork };
+const sources = {
+  latency: latencyWork,
+  startup: startupWork,
+  gemm: opWork,
+  ops: opWork,
+  steps: stepWork,
+  spo: spoWork,
+};
 
 /** The pieces of work that were asked for. */
 async function chosenWork(context) {

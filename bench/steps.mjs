@@ -23,7 +23,7 @@ function shapes() {
   return list;
 }
 
-async function modules() {
+export async function modules() {
   const names = {
     initialize: 'src/models/initialize.js',
     config: 'src/models/config.js',
@@ -44,7 +44,7 @@ async function modules() {
 }
 
 /** Random records: pairs of token ids, and the same chosen halves as sequences. */
-function examplesOf({ pairs, prompt, response, config }) {
+export function examplesOf({ pairs, prompt, response, config }) {
   let state = 1;
   const ids = (count) =>
     Int32Array.from({ length: count }, () => {

@@ -25,7 +25,10 @@ export {
 } from './preference.js';
 export {
   addNormGradient,
+  addNormGradientByDifferences,
   addRegularizer,
+  type RegularizerMethod,
+  type RegularizerOptions,
   type RegularizerProblem,
   type RegularizerValue,
   regularizerValue,

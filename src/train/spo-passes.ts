@@ -4,7 +4,7 @@ import { DirectionSink } from '../autograd/direction-sinks.js';
 import type { SequenceParameter } from '../autograd/sequence-sinks.js';
 import { AccumulatingSink } from '../autograd/sinks.js';
 import { differentiate } from '../autograd/tape.js';
-import { chosenSequences, packSequences, uploadBatch } from '../data/packing.js';
+import { chosenSequences, packSequences, sequenceOf, uploadBatch } from '../data/packing.js';
 import type { PreferenceExample } from '../data/tokenize.js';
 import type { ModelParameters } from '../models/parameters.js';
 import { sequenceLogProbs } from '../objectives/logprobs.js';
@@ -17,6 +17,7 @@ import { type SftReduction, sftLoss } from '../objectives/sft.js';
 import { add, mul } from '../ops/elementwise.js';
 import type { HeadStatistics } from '../ops/head.js';
 import { gatherRows, onesLike, reshape, stack, unsqueeze } from '../ops/movement.js';
+import { sum } from '../ops/reduce.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { scope } from '../tensor/scope.js';
 import { Tensor } from '../tensor/tensor.js';
@@ -218,6 +219,17 @@ export class SpoPasses {
       close();
       throw error;
     }
+  }
+
+  /** log π of one sequence of some pairs (all chosen, then all rejected) as a function of all variables. */
+  sequenceLogProb(indices: readonly number[], variables: readonly Tensor[], sequence: number): Tensor {
+    const { model } = this.trainable;
+    const { promptIds, chosenIds, rejectedIds } = this.examples[indices[sequence % indices.length]];
+    const batch = packSequences([sequenceOf(promptIds, sequence < indices.length ? chosenIds : rejectedIds)]);
+    using layout = batch.layout;
+    const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
+    const p = replaceGroups(model.parameters, both, variables);
+    return sum(model.logProbs(p, tensors.ids, layout, tensors.targets).logProbs);
   }
 
   private sftShare(chosen: Tensor, totals: SftTotals): Tensor {

@@ -4,7 +4,14 @@
 import { GradientBuffers } from '../autograd/sinks.js';
 import type { PreferenceExample } from '../data/tokenize.js';
 import { KeelgradError } from '../errors.js';
-import { type RegularizerValue, regularizerValue } from '../objectives/regularizer.js';
+import {
+  addRegularizer,
+  normCoefficients,
+  type RegularizerMethod,
+  type RegularizerProblem,
+  regularizerValue,
+  requireDifferences,
+} from '../objectives/regularizer.js';
 import type { SftReduction } from '../objectives/sft.js';
 import { spoObjective } from '../objectives/spo.js';
 import { mul } from '../ops/elementwise.js';
@@ -18,7 +25,7 @@ import type { Metrics } from './hooks.js';
 import { PreferenceObjective, type PreferenceSettings, type PreferenceStep } from './preference-objective.js';
 import type { PreferenceReference } from './reference.js';
 import { both, type MainPass, type Part, type SftTotals, SpoPasses } from './spo-passes.js';
-import type { GroupName, StepInput, StepMeasurement, Task, Trainable } from './task.js';
+import { type GroupName, type StepInput, type StepMeasurement, type Task, type Trainable, tensorsOf } from './task.js';
 
 export type SpoTaskOptions = PreferenceSettings & {
   lambda: number;
@@ -30,6 +37,8 @@ export type SpoTaskOptions = PreferenceSettings & {
   sftReduction: SftReduction;
   /** The regularizer's norms divided by the length of the response: for losses that are normalized by length. */
   normPerToken?: boolean;
+  /** How ∇R is found: exactly, or by finite differences, one sequence at a time (float32 and float64 only). */
+  regularizerMethod?: RegularizerMethod;
   /**
    * How ∇_φ of the penalty (term b) is found: as the difference of the gradients at θ and θ_K, or to first order in the lower
    * level's step, which nothing cancels in. By default first-order with bfloat16 compute, where the difference drowns in
@@ -75,6 +84,8 @@ export class SpoTask implements Task {
       throw new KeelgradError(
         `norm over ${options.normOver}: expected parameters to take the regularizer's norms over, found none; use all, or gamma 0`,
       );
+    if (options.gamma > 0 && options.regularizerMethod === 'finite-differences')
+      requireDifferences(trainable.model.dtype);
   }
 
   records({ microBatches }: StepInput): number[] {
@@ -82,9 +93,9 @@ export class SpoTask implements Task {
   }
 
   async accumulate({ microBatches }: StepInput): Promise<StepMeasurement> {
-    const { lambda, gamma } = this.options;
+    const { lambda, gamma, regularizerMethod } = this.options;
     const totals = this.sftTotals(microBatches);
-    const chunks = gamma > 0 ? microBatches.map((m) => chunked(m, PAIRS_AT_A_TIME)) : microBatches.map((m) => [m]);
+    const chunks = this.recording ? microBatches.map((m) => chunked(m, PAIRS_AT_A_TIME)) : microBatches.map((m) => [m]);
     const begun = this.begin(chunks.flat());
     const step = begun.result;
     const parts = chunks.flat().map((indices, micro): Part => ({ indices, micro, step, totals }));
@@ -94,6 +105,7 @@ export class SpoTask implements Task {
       const apart = (this.options.ldAlpha ?? 1) !== 1 || (lambda === 0 && gamma === 0);
       if (apart) await this.passesApart(parts, microBatches, totals, done);
       else await this.passesShared(parts, microBatches, totals, done);
+      if (gamma > 0 && regularizerMethod === 'finite-differences') await this.differences(microBatches.flat(), done);
     } catch (error) {
       done.dispose();
       throw error;
@@ -122,12 +134,12 @@ export class SpoTask implements Task {
     done: Outcome,
   ): Promise<void> {
     const { model } = this.trainable;
-    const { gamma, lowerSteps } = this.options;
+    const { lowerSteps } = this.options;
     using first = lowerSteps > 0 ? new Disposable(new GradientBuffers(model.backbone)) : null;
     first?.of.zero();
     const second = first?.of.buffers ?? null;
     for (const part of parts) {
-      if (gamma > 0) await this.regularized(part, second, true, done);
+      if (this.recording) await this.regularized(part, second, true, done);
       else done.add(scope(() => this.passes.shared(part, second)));
     }
     if (second && this.firstOrder) scope(() => this.penaltyToFirstOrder(second, microBatches, totals, done));
@@ -141,10 +153,16 @@ export class SpoTask implements Task {
     totals: SftTotals,
     done: Outcome,
   ): Promise<void> {
-    const { gamma, lowerSteps, lambda } = this.options;
+    const { lowerSteps, lambda } = this.options;
     if (lowerSteps > 0 || lambda > 0) scope(() => this.lowerLevel(microBatches, totals, done));
     for (const part of parts) done.add(scope(() => this.passes.plain(part)));
-    if (gamma > 0) for (const part of parts) await this.regularized(part, null, false, done);
+    if (this.recording) for (const part of parts) await this.regularized(part, null, false, done);
+  }
+
+  /** Whether the main pass is recorded, for exact derivatives of norms. */
+  private get recording(): boolean {
+    const { gamma, regularizerMethod } = this.options;
+    return gamma > 0 && regularizerMethod !== 'finite-differences';
   }
 
   private get firstOrder(): boolean {
@@ -206,7 +224,8 @@ export class SpoTask implements Task {
     const distance = lowerLearningRate * lowerSteps;
     done.gap = detachFromScope(mul(sumOfSquares(gradient.values()), distance));
     if (lambda === 0) return;
-    for (const indices of microBatches) this.passes.firstOrder(indices, gradient, lambda * distance, totals);
+    for (const indices of chunked(microBatches.flat(), PAIRS_AT_A_TIME))
+      this.passes.firstOrder(indices, gradient, lambda * distance, totals);
   }
 
   /** Steps 1 and 2 of Algorithm 1 by themselves; leaves the backbone's buffers zeroed. */
@@ -258,23 +277,49 @@ export class SpoTask implements Task {
     }
   }
 
-  /** Of the squared norms in γ R: γ/B (‖g_w‖ - ‖g_l‖) where that is positive (Eq. 77), by ∇‖g‖ = ∇‖g‖² / 2‖g‖. */
+  /** Of the squared norms in γ R, by ∇‖g‖ = ∇‖g‖² / 2‖g‖. */
   private normCoefficients({ indices, totals }: Part, norms: readonly number[], done: Outcome): number[] {
-    const { gamma, normPerToken } = this.options;
     const count = indices.length;
-    const length = (s: number): number => {
-      const { promptIds, chosenIds, rejectedIds } = this.examples[indices[s % count]];
-      return (s < count ? chosenIds : rejectedIds).length - (promptIds.length === 0 ? 1 : 0);
-    };
-    const divisors = norms.map((_, s) => (normPerToken ? length(s) : 1));
+    const divisors = this.normDivisors(indices);
     const scaled = norms.map((n, s) => n / divisors[s]);
-    done.norms(scaled.slice(0, count), scaled.slice(count));
-    return norms.map((norm, s) => {
-      const pair = s % count;
-      if (!(scaled[pair] > scaled[count + pair]) || norm === 0) return 0;
-      const sign = s < count ? 1 : -1;
-      return (sign * gamma) / (totals.sequences * divisors[s] * 2 * norm);
-    });
+    done.norms(norms, scaled);
+    const weight = (this.options.gamma * count) / totals.sequences;
+    return normCoefficients(scaled, count, weight).map((c, s) => (norms[s] > 0 ? c / (divisors[s] * 2 * norms[s]) : 0));
+  }
+
+  /** What the norms of sequences, chosen first, are divided by. */
+  private normDivisors(indices: readonly number[]): number[] {
+    const scored = (of: 'chosenIds' | 'rejectedIds') => (i: number) =>
+      this.examples[i][of].length - (this.examples[i].promptIds.length === 0 ? 1 : 0);
+    const lengths = [...indices.map(scored('chosenIds')), ...indices.map(scored('rejectedIds'))];
+    return this.options.normPerToken ? lengths : lengths.map(() => 1);
+  }
+
+  /** γ ∇R of the whole step by finite differences. */
+  private async differences(indices: readonly number[], done: Outcome): Promise<void> {
+    const { model, gradients } = this.trainable;
+    const variables = tensorsOf(model.parameters, both);
+    const groups = both.flatMap((g) => [...gradients.get(g)!.buffers.keys()].map(() => g));
+    const problem: RegularizerProblem = {
+      variables,
+      normOver: groups.map((g) => this.normGroups.has(g)),
+      logProb: (values, sequence) => this.passes.sequenceLogProb(indices, values, sequence),
+    };
+    const buffers = both.flatMap((g) => [...gradients.get(g)!.buffers.values()]);
+    const divisors = this.normDivisors(indices);
+    const options = { method: 'finite-differences', divisors } as const;
+    const { chosenNorms, rejectedNorms } = await addRegularizer(
+      problem,
+      indices.length,
+      this.options.gamma,
+      buffers,
+      options,
+    );
+    const scaled = [...chosenNorms, ...rejectedNorms];
+    done.norms(
+      scaled.map((n, s) => n * divisors[s]),
+      scaled,
+    );
   }
 
   // ---- metrics ------------------------------------------------------------------------------------------------------
@@ -294,10 +339,10 @@ export class SpoTask implements Task {
     const starOf = optimum.length > 0 ? optimum : sft;
     const sums = Promise.all([total(dpo), total(sft), total(starOf), gap ? total([gap]) : 0]);
     const parts = Promise.all(done.measured);
-    const regularizer = gamma > 0 ? done.regularizer() : null;
+    const regularizer = gamma > 0 ? done.regularizerMetrics() : { 'spo/regularizer': 0 };
     return Promise.all([sums, step.metrics, parts]).then(([[dpoValue, sftValue, star, gapValue], ofStep, measured]) => {
       const sftStar = star - gapValue;
-      const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer?.value ?? 0 };
+      const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer['spo/regularizer'] };
       let at = 0;
       const byMicroBatch = chunks.map((c) => {
         at += c.length;
@@ -310,8 +355,7 @@ export class SpoTask implements Task {
         'spo/sft_star': sftStar,
         'spo/sft_gap': gap ? gapValue : sftValue - sftStar,
         'spo/first_order': Number(this.firstOrder),
-        'spo/regularizer': values.regularizer,
-        ...(regularizer ? regularizerMetrics(regularizer) : {}),
+        ...regularizer,
         ...averageMetrics(byMicroBatch),
         ...ofStep,
         num_tokens: seen,
@@ -329,8 +373,9 @@ class Outcome {
   gap: Tensor | null = null;
   readonly measured: Promise<Record<string, number>>[] = [];
   tokens = 0;
-  private readonly chosen: number[] = [];
-  private readonly rejected: number[] = [];
+  /** Norms of chosen and rejected gradients, and the same as R compares them. */
+  private readonly plain: [number[], number[]] = [[], []];
+  private readonly compared: [number[], number[]] = [[], []];
 
   add(pass: MainPass): void {
     this.dpo.push(pass.dpo);
@@ -343,13 +388,24 @@ class Outcome {
     this.optimum.push(detachFromScope(value));
   }
 
-  norms(chosen: readonly number[], rejected: readonly number[]): void {
-    this.chosen.push(...chosen);
-    this.rejected.push(...rejected);
+  /** Of some pairs, chosen first. */
+  norms(plain: readonly number[], compared: readonly number[]): void {
+    const half = plain.length / 2;
+    for (const [into, norms] of [
+      [this.plain, plain],
+      [this.compared, compared],
+    ] as const)
+      for (const side of [0, 1]) into[side].push(...norms.slice(side * half, (side + 1) * half));
   }
 
-  regularizer(): RegularizerValue {
-    return regularizerValue(this.chosen, this.rejected);
+  regularizerMetrics(): Record<string, number> {
+    const { value, activeFraction } = regularizerValue(...this.compared);
+    return {
+      'spo/regularizer': value,
+      'spo/active_fraction': activeFraction,
+      'grad_norm/chosen': mean(this.plain[0]),
+      'grad_norm/rejected': mean(this.plain[1]),
+    };
   }
 
   get losses(): Tensor[] {
@@ -379,11 +435,3 @@ function chunked<T>(items: readonly T[], size: number): T[][] {
 }
 
 const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
-
-function regularizerMetrics(r: RegularizerValue): Record<string, number> {
-  return {
-    'spo/active_fraction': r.activeFraction,
-    'grad_norm/chosen': mean(r.chosenNorms),
-    'grad_norm/rejected': mean(r.rejectedNorms),
-  };
-}
