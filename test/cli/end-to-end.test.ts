@@ -583,8 +583,8 @@ describe('bad input', () => {
     ],
     [
       'an option of another command',
-      () => ['--loss-type', 'ipo'],
-      /--loss-type is an option of keelgrad dpo, not of keelgrad spo/,
+      () => ['--sft-loss', 'dft'],
+      /--sft-loss is an option of keelgrad sft, not of keelgrad spo/,
     ],
     ['an option that would do nothing', () => ['--norm-over', 'adapters'], /--norm-over has no effect with --gamma 0/],
     ['a missing adapter', () => ['--adapter', folder.path('nowhere')], /nowhere/],

@@ -74,6 +74,11 @@ describe('a library call', () => {
     expect(await message(sft(model, records))).toMatch(/\[sft\] expected a tokenizer for text records/);
     const found = await steps(sft(model, records, { maxSteps: 1, tokenizer: await loadTokenizer(path) }));
     expect(found).toHaveLength(1);
+    const labelled = ['a', 'b', 'ab:'].map((prompt, i) => ({ prompt, completion: ' c', label: i !== 1 }));
+    const options = { lossType: 'kto', maxSteps: 2, batchSize: 3, tokenizer: await loadTokenizer(path) } as const;
+    const [first, second] = await steps(dpo(model, labelled, options));
+    expect([first.loss, first.kl]).toEqual([0.5, 0]);
+    expect(second['rewards/margins']).not.toBe(0);
   });
 
   it('gives everything back when its reader stops early, and reports what was dropped', async () => {
