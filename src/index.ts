@@ -38,6 +38,7 @@ export { clipFactor, nonFinite, sumOfSquares } from './optim/clip.js';
 export { Optimizer, type OptimizerOptions, type ParameterGroup } from './optim/optimizer.js';
 export { type ScheduleName, scheduleFactor } from './optim/schedule.js';
 export type { DType, HostArray } from './tensor/dtype.js';
+export { OutOfMemoryError } from './tensor/out-of-memory.js';
 export { scope } from './tensor/scope.js';
 export {
   type Device,

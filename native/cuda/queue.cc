@@ -11,6 +11,7 @@ namespace kg::cuda {
 namespace {
 
 constexpr size_t kScratchStep = size_t(8) << 20;
+constexpr size_t kExactFrom = size_t(10) << 20;
 constexpr auto kSpin = std::chrono::microseconds(50);
 
 void* acquireDevice(void* self, size_t bytes) {
@@ -75,7 +76,7 @@ void Queue::finish() {
   cudaStreamSynchronize(context_.stream);
 }
 
-MemorySource Queue::memory() { return {acquireDevice, releaseDevice, leftOnDevice, &device_}; }
+MemorySource Queue::memory() { return {acquireDevice, releaseDevice, leftOnDevice, &device_, kExactFrom}; }
 
 void Queue::start(FaultHandler handler, Reclaim reclaim) {
   handler_ = std::move(handler);

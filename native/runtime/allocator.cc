@@ -32,7 +32,7 @@ void releaseHost(void*, void* memory, size_t bytes) { munmap(memory, bytes); }
 
 }  // namespace
 
-MemorySource hostMemory() { return {acquireHost, releaseHost, nullptr, nullptr}; }
+MemorySource hostMemory() { return {acquireHost, releaseHost, nullptr, nullptr, kSegment}; }
 
 CachingAllocator::~CachingAllocator() {
   for (auto& [begin, size] : segments_) source_.release(source_.self, begin, size);
@@ -59,7 +59,7 @@ void* CachingAllocator::allocateSmall(int sizeClass) {
 void* CachingAllocator::allocateLarge(size_t bytes) {
   auto found = free_.lower_bound({bytes, nullptr});
   if (found == free_.end()) {
-    size_t size = bytes < kSegment ? kSegment : roundUp(bytes, kHugePage);
+    size_t size = bytes < source_.exactFrom ? kSegment : roundUp(bytes, kHugePage);
     char* segment = static_cast<char*>(source_.acquire(source_.self, size));
     if (!segment && size > roundUp(bytes, kHugePage))
       segment = static_cast<char*>(source_.acquire(source_.self, size = roundUp(bytes, kHugePage)));

@@ -19,6 +19,9 @@ struct MemorySource {
   // What the device has left, and has; may be null.
   void (*left)(void* self, size_t* free, size_t* total);
   void* self;
+  // Requests from here on get a segment of just their size: where memory that is not touched is taken nevertheless, the
+  // rest of a larger one would often lie idle.
+  size_t exactFrom;
 };
 
 class CachingAllocator {

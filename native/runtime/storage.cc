@@ -62,6 +62,7 @@ void StorageTable::giveBack(void* memory, size_t bytes) {
 }
 
 void StorageTable::failFor(size_t bytes) {
+  hooks_.outOfMemory();
   constexpr double mib = 1 << 20;
   const size_t* t = counters_.byTag;
   char device[128] = "";

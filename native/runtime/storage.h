@@ -50,6 +50,7 @@ struct StreamHooks {
   virtual void check(char* data, size_t bytes) = 0;
   virtual void synchronize() = 0;   // everything enqueued so far is done
   virtual uint64_t position() = 0;  // where the next command will be enqueued
+  virtual void outOfMemory() = 0;   // an error is about to say so
 };
 
 // How storages get memory.
@@ -88,9 +89,9 @@ class StorageTable {
   void* allocate(size_t bytes);
   void giveBack(void* memory, size_t bytes);
 
-  MemorySource source_;
   std::unique_lock<std::mutex> lockAllocator();
 
+  MemorySource source_;
   std::mutex mutex_;  // of the allocator, where reclaim() may be called
   CachingAllocator allocator_;
   StreamHooks& hooks_;

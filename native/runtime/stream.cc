@@ -235,6 +235,13 @@ Fault Stream::takeDeviceFault() {
   return std::move(deviceFault_);
 }
 
+// The next read would report it after whoever caught the error has made room. What the op has not computed stays
+// marked.
+void Stream::outOfMemory() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (pendingFault_ && pendingFault_->find("] out of memory") != std::string::npos) pendingFault_.reset();
+}
+
 void Stream::report(Fault fault) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!pendingFault_) pendingFault_ = std::move(fault);

@@ -61,11 +61,11 @@ export function unary(name: UnaryName, x: Tensor): Tensor {
   return record(name, [x], [out], saved, backward)[0];
 }
 
+/** A function that stacks and errors know by the name of its op. */
+const named = <F>(name: string, f: F): F => Object.defineProperty(f, 'name', { value: name });
+
 type Unary = (x: Tensor) => Tensor;
-const unaryOp =
-  (name: UnaryName): Unary =>
-  (x) =>
-    unary(name, x);
+const unaryOp = (name: UnaryName): Unary => named(name, (x) => unary(name, x));
 
 export const neg: Unary = unaryOp('neg');
 export const abs: Unary = unaryOp('abs');
@@ -193,10 +193,7 @@ function prepared(t: Tensor, shape: readonly number[], dtype: Tensor['dtype']): 
 }
 
 type Binary = (a: Tensor, b: Tensor | number) => Tensor;
-const binaryOp =
-  (name: BinaryName): Binary =>
-  (a, b) =>
-    binary(name, a, b);
+const binaryOp = (name: BinaryName): Binary => named(name, (a, b) => binary(name, a, b));
 
 export const add: Binary = binaryOp('add');
 export const sub: Binary = binaryOp('sub');
@@ -249,10 +246,7 @@ export function compare(name: CompareName, a: Tensor, b: Tensor | number): Tenso
 }
 
 type Compare = (a: Tensor, b: Tensor | number) => Tensor;
-const compareOp =
-  (name: CompareName): Compare =>
-  (a, b) =>
-    compare(name, a, b);
+const compareOp = (name: CompareName): Compare => named(name, (a, b) => compare(name, a, b));
 export const equal: Compare = compareOp('equal');
 export const notEqual: Compare = compareOp('notEqual');
 export const less: Compare = compareOp('less');

@@ -15,7 +15,8 @@ function opOf(stack: string): string | undefined {
   for (const line of stack.split('\n')) {
     const frame = /^\s*at (?:async )?(?:(\S+) (?:\[as \w+\] )?\()?.*[/\\](\w+)[/\\][\w.-]+:\d+:\d+\)?$/.exec(line);
     if (!frame) continue;
-    const [, name, folder] = frame;
+    const [, called, folder] = frame;
+    const name = called?.replace(/^(Module|Object)\./, '');
     if (folder === 'ops') {
       inOps = true;
       if (name && /^\w+$/.test(name) && !makers.test(name)) found = name;
