@@ -111,7 +111,7 @@ void* allocateDevice(size_t bytes) {
   const Allocation a{region, begin, begin + bytes, region + pages, d.serial++};
   setRights(a, true);
   unpoison(region, pages);
-  memset(region, kUnknown, pages);
+  fill(region, kUnknown, pages);
   poison(region, static_cast<size_t>(begin - region));
   poison(a.end, static_cast<size_t>(a.regionEnd - a.end));
   if (settings().protect && d.open == 0) setRights(a, false);
@@ -140,7 +140,7 @@ bool freeDevice(void* memory) {
 void* allocatePinned(size_t bytes) {
   void* memory = aligned_alloc(kAlignment, roundUp(bytes ? bytes : 1, kAlignment));
   if (!memory) return nullptr;
-  memset(memory, kUnknown, bytes);
+  fill(memory, kUnknown, bytes);
   Device& d = device();
   std::lock_guard<std::mutex> lock(d.mutex);
   d.pinned.emplace(static_cast<char*>(memory), bytes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 
 #if defined(SIMT_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -25,10 +26,19 @@ inline void unpoison(void*, size_t) {}
 constexpr bool kRaceDetector = true;
 inline void happensBefore(void* key) { __tsan_release(key); }
 inline void happensAfter(void* key) { __tsan_acquire(key); }
+extern "C" void AnnotateIgnoreWritesBegin(const char* file, int line);
+extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
+// Fills by the layer are nobody's writes.
+inline void fill(void* at, int value, size_t bytes) {
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  memset(at, value, bytes);
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+}
 #else
 constexpr bool kRaceDetector = false;
 inline void happensBefore(void*) {}
 inline void happensAfter(void*) {}
+inline void fill(void* at, int value, size_t bytes) { memset(at, value, bytes); }
 #endif
 
 }  // namespace simt

@@ -50,7 +50,7 @@ char* dynamicBegin() { return dynamicEnd() - roundUp(dynamicBytes, 128); }
 
 // [at, at + bytes) becomes a guard: never a part of an array.
 void guard(char* at, size_t bytes) {
-  memset(at, kUnknown, bytes);
+  fill(at, kUnknown, bytes);
   poison(at, bytes);
 }
 
@@ -62,7 +62,7 @@ bool untouched(char* at, size_t bytes) {
 }
 
 void prepareStatic(const StaticArray& a) {
-  memset(arena + a.offset, kUnknown, a.bytes);
+  fill(arena + a.offset, kUnknown, a.bytes);
   guard(arena + a.offset + a.bytes, kGuard);
 }
 
@@ -86,7 +86,7 @@ void resetShared() {
     if (arenaIndex == 0) mapArenas();
     arena = arenas + arenaIndex * kArena;
   }
-  memset(dynamicBegin(), kUnknown, dynamicBytes);
+  fill(dynamicBegin(), kUnknown, dynamicBytes);
   guard(dynamicBegin() - kGuard, kGuard);
   guard(dynamicBegin() + dynamicBytes, static_cast<size_t>(dynamicEnd() - dynamicBegin()) - dynamicBytes);
   guard(arena + kPage, kGuard);

@@ -1,0 +1,111 @@
+// The SIMT build for tests: made once, by whichever test file comes first, and told to the process by the environment that
+// the native layer reads when it is loaded. Without a C++ compiler there is none, and the tests skip.
+import { spawn, spawnSync } from 'node:child_process';
+import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { join, resolve } from 'node:path';
+
+export const root = resolve(import.meta.dirname, '..', '..');
+
+export type Sanitizer = '' | 'address,undefined' | 'thread';
+
+const folders: Readonly<Record<Sanitizer, string>> = {
+  '': 'simt',
+  'address,undefined': 'simt-asan',
+  thread: 'simt-tsan',
+};
+
+/** Milliseconds that a build may take on two busy cores. */
+export const BUILD_TIMEOUT = 900_000;
+
+/** Why nothing can be built here; undefined where it can. */
+export const missingCompiler: string | undefined = ['c++', 'cmake']
+  .filter((tool) => spawnSync(tool, ['--version']).status !== 0)
+  .map((tool) => `the SIMT layer needs ${tool}`)
+  .at(0);
+
+const sleep = (milliseconds: number): void => {
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, milliseconds);
+};
+
+const alive = (pid: number): boolean => {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch {
+    return false;
+  }
+};
+
+/** Runs `f` while no other process of this checkout does. */
+function exclusively<T>(lock: string, f: () => T): T {
+  for (;;) {
+    try {
+      mkdirSync(lock);
+      break;
+    } catch {
+      sleep(200);
+      const owner = Number(readFileSync(join(lock, 'pid'), { encoding: 'utf8', flag: 'a+' }));
+      if (owner > 0 && !alive(owner)) rmSync(lock, { recursive: true, force: true });
+    }
+  }
+  try {
+    writeFileSync(join(lock, 'pid'), String(process.pid));
+    return f();
+  } finally {
+    rmSync(lock, { recursive: true, force: true });
+  }
+}
+
+/** The folder of the build, brought up to date. KEELGRAD_SIMT_BUILD names one that is taken as it is. */
+export function simtBuild(sanitizer: Sanitizer = ''): string {
+  const given = process.env.KEELGRAD_SIMT_BUILD;
+  if (given && sanitizer === '') return resolve(given);
+  const folder = join(root, 'build', folders[sanitizer]);
+  mkdirSync(join(root, 'build'), { recursive: true });
+  const args = [join(root, 'scripts', 'build-simt.mjs'), '--out', folder, '--sanitize', sanitizer];
+  const { status, stdout, stderr } = exclusively(`${folder}.lock`, () =>
+    spawnSync(process.execPath, args, { cwd: root, encoding: 'utf8' }),
+  );
+  if (status !== 0) throw new Error(`build-simt failed\n${stdout.slice(-4000)}${stderr.slice(-4000)}`);
+  return folder;
+}
+
+export type Environment = Readonly<Record<string, string>>;
+
+/** What makes a process see the SIMT layer as its device cuda, with allocations of their own for all tensors. */
+export const simtEnvironment = (folder: string): Environment => ({
+  KEELGRAD_ADDON: join(folder, 'keelgrad.node'),
+  KEELGRAD_CUBLAS: folder,
+  KEELGRAD_TEST_DEVICES: 'cuda',
+  KEELGRAD_DIRECT_ALLOCATION: '1',
+});
+
+/** Makes this process one on the SIMT layer; before anything loads the native layer. False where that cannot be built. */
+export function useSimt(more: Environment = {}): boolean {
+  if (missingCompiler) return false;
+  Object.assign(process.env, simtEnvironment(simtBuild()), more);
+  return true;
+}
+
+export interface Finished {
+  readonly code: number | null;
+  readonly signal: string | null;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** Runs a program to its end. */
+export function run(command: string, args: readonly string[], env: Environment = {}): Promise<Finished> {
+  const child = spawn(command, args, { cwd: root, env: { ...process.env, ...env }, stdio: ['ignore', 'pipe', 'pipe'] });
+  let [stdout, stderr] = ['', ''];
+  child.stdout.on('data', (d) => {
+    stdout += d;
+  });
+  child.stderr.on('data', (d) => {
+    stderr += d;
+  });
+  return new Promise((done, fail) => {
+    child.on('error', fail);
+    child.on('close', (code, signal) => done({ code, signal, stdout, stderr }));
+  });
+}
