@@ -1,0 +1,147 @@
+// Whole processes with a GPU, or its imitation (test/simt): they end cleanly with work pending, several worker threads have
+// streams of their own, and memory that runs out comes back, also for what kernels need beside their tensors.
+import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import '../../src/ops/methods.js';
+import { runtimeInfo } from '../../src/native/info.js';
+import { Compiled, type Finished } from '../support/compiled.js';
+import { testDevices } from '../support/devices.js';
+
+const { cuda } = runtimeInfo();
+const able = cuda.available && testDevices().some((device) => device.startsWith('cuda'));
+const simt = cuda.devices[0]?.name === 'SIMT layer';
+
+const clean = (code = 0): Partial<Finished> => ({ code, signal: null });
+
+describe.skipIf(!able)('a process with a GPU (needs one: KEELGRAD_TEST_DEVICES=cuda)', () => {
+  let compiled: Compiled;
+  let prelude: string;
+  beforeAll(() => {
+    compiled = new Compiled();
+    prelude =
+      `${compiled.prelude}` +
+      `import { setDefaultDevice } from '${compiled.url('tensor/storage.js')}';\nsetDefaultDevice('cuda');\n`;
+  });
+  afterAll(() => compiled.dispose());
+
+  const run = (script: string, shell?: string): Promise<Finished> =>
+    compiled.run(prelude + script, { prelude: false, shell });
+
+  const pending = `
+    const a = Tensor.from(new Float32Array(1 << 14).fill(0.001), { shape: [128, 128] });
+    let y = a;
+    for (let i = 0; i < 500; i++) y = y.matmul(a);`;
+
+  test('ends with work pending that nobody reads', async () => {
+    expect(await run(`${pending}console.log('end');`)).toMatchObject({ ...clean(), stdout: 'end\n', stderr: '' });
+  });
+
+  test('ends by process.exit with a read pending', async () => {
+    const child = await run(`${pending}void y.data(); setTimeout(() => process.exit(4), 20);`);
+    expect(child).toMatchObject({ ...clean(4), stderr: '' });
+  });
+
+  test('ends after a pending await, not under it', async () => {
+    const child = await run(`${pending}console.log((await y.data()).length);`);
+    expect(child).toMatchObject({ ...clean(), stdout: '16384\n', stderr: '' });
+  });
+
+  test('ends with a rejected read that nobody handles, naming the op', async () => {
+    const child = await run(`
+      const bad = Tensor.from([[1]]).gatherRows(Tensor.from(Int32Array.of(7)));
+      await bad.data();`);
+    expect(child).toMatchObject(clean(1));
+    expect(child.stderr).toContain('[gatherRows] expected ids[0] in [0, 1), found 7');
+  });
+
+  test('computes in worker threads side by side, each with a stream of its own', async () => {
+    const body = `
+      ${prelude}
+      import { parentPort, workerData } from 'node:worker_threads';
+      const n = 40;
+      const a = Tensor.from(new Float32Array(n * n).fill(workerData), { shape: [n, n] });
+      let sum = 0;
+      for (let i = 0; i < 10; i++) sum += scope(() => a.matmul(a).sum().item());
+      const bad = Tensor.from([[1]]).gatherRows(Tensor.from(Int32Array.of(workerData)));
+      const error = await bad.data().catch((e) => e.message);
+      a.dispose();
+      bad.dispose();
+      parentPort.postMessage({ sum, error });`;
+    const child = await run(`
+      import { Worker } from 'node:worker_threads';
+      const url = new URL('data:text/javascript,' + encodeURIComponent(${JSON.stringify(body)}));
+      const answers = await Promise.all([1, 2, 3].map((workerData) => new Promise((done, fail) => {
+        const worker = new Worker(url, { workerData });
+        worker.on('message', done).on('error', fail);
+      })));
+      const own = scope(() => Tensor.from([5, 6]).sum().item());
+      console.log(JSON.stringify({ answers, own }));`);
+    expect(child).toMatchObject({ ...clean(), stderr: '' });
+    const answers = [1, 2, 3].map((v) => ({
+      sum: 10 * 40 ** 3 * v * v,
+      error: `[gatherRows] expected ids[0] in [0, 1), found ${v}`,
+    }));
+    expect(JSON.parse(child.stdout)).toEqual({ answers, own: 11 });
+  });
+
+  test('goes on while a worker thread ends with work pending', async () => {
+    const body = `${prelude}
+      import { parentPort } from 'node:worker_threads';
+      ${pending}
+      void y.data();
+      parentPort.postMessage('started');`;
+    const child = await run(`
+      import { Worker } from 'node:worker_threads';
+      const url = new URL('data:text/javascript,' + encodeURIComponent(${JSON.stringify(body)}));
+      for (let i = 0; i < 2; i++) {
+        const worker = new Worker(url);
+        await new Promise((done) => worker.once('message', done));
+        await worker.terminate();
+      }
+      console.log(scope(() => Tensor.from([5, 6]).sum().item()));`);
+    expect(child).toMatchObject({ ...clean(), stdout: '11\n', stderr: '' });
+  });
+
+  test.skipIf(!simt)('finds memory again, for tensors and for the workspace of products', async () => {
+    const child = await run(
+      `
+      const tensor = () => Tensor.empty([1 << 21]);
+      const errors = [];
+      const attempt = (f) => {
+        try {
+          return f();
+        } catch (error) {
+          errors.push(error.message);
+        }
+      };
+      const held = [withTag('weights', tensor)];
+      attempt(() => { for (;;) held.push(tensor()); });
+      const full = memory();
+      // Eight MiB are free: enough for the operands, not for the 32 MiB that products want.
+      held.pop().dispose();
+      const product = () => scope(() => {
+        const a = Tensor.from(new Float32Array(64).fill(2), { shape: [8, 8] });
+        return a.matmul(a).sum().item();
+      });
+      attempt(product);
+      attempt(() => scope(() => held[0].exp().exp()));
+      while (held.length > 1) held.pop().dispose();
+      // All of it is in the cache of the allocator, which gives it back.
+      const after = [attempt(product), attempt(() => scope(() => Tensor.empty([1 << 23]).size))];
+      console.log(JSON.stringify({ errors, after, held: full.byTag, storages: memory().storages }));`,
+      'export KEELGRAD_SIMT_MEMORY=128 KEELGRAD_SIMT_PROTECT=0',
+    );
+    expect(child).toMatchObject(clean());
+    const answer = JSON.parse(child.stdout);
+    expect(answer).toMatchObject({ after: [8 * 8 * 32, 1 << 23], storages: 1 });
+    expect(answer.held.weights).toBe(8 << 20);
+    const held = 'held: weights 8\\.0, gradients 0\\.0, optimizer 0\\.0, cache 0\\.0, activations [\\d.]+ MiB';
+    const why = `8\\.0 MiB asked for; ${held}, in the cache for reuse [\\d.]+; the device has [\\d.]+ of 128\\.0 MiB left; try`;
+    expect(answer.errors).toEqual([
+      expect.stringMatching(`^out of memory: ${why}.*\\(for float32 \\[2097152\\] on cuda:0\\)$`),
+      expect.stringMatching(
+        /^\[matmul\] out of memory: expected 32\.0 MiB for matrix products on the GPU.*\(float32\[8,8\]/,
+      ),
+      expect.stringMatching(`^\\[exp\\] out of memory: ${why}`),
+    ]);
+  });
+});
