@@ -91,16 +91,17 @@ endif()
 
 set(KG_CUDA ON)
 
-# Machine code for every kind of GPU that nvcc knows, and PTX for those to come.
-set(KG_CUDA_ARCHITECTURES 80 86 89 90a)
+# Machine code for every kind of GPU that nvcc knows, and PTX for those to come. GPUs of one generation share the front
+# half of the compiler, which takes most of the time.
+set(KG_CUDA_TARGETS "arch=compute_80,code=[compute_80,sm_80,sm_86,sm_89]" "arch=compute_90a,code=sm_90a")
+set(KG_CUDA_NAMES "sm_80 sm_86 sm_89 sm_90a")
 if(NOT KG_NVCC_VERSION VERSION_LESS 12.8)
-  list(APPEND KG_CUDA_ARCHITECTURES 100 120)
+  list(APPEND KG_CUDA_TARGETS "arch=compute_100,code=[sm_100,sm_120]")
+  string(APPEND KG_CUDA_NAMES " sm_100 sm_120")
 endif()
+list(TRANSFORM KG_CUDA_TARGETS PREPEND "-gencode=")
 set(KG_CUDA_FLAGS -std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -I${CMAKE_SOURCE_DIR}/native
-  --threads=2 -Xfatbin=-compress-all -gencode=arch=compute_80,code=compute_80)
-foreach(architecture IN LISTS KG_CUDA_ARCHITECTURES)
-  list(APPEND KG_CUDA_FLAGS "-gencode=arch=compute_${architecture},code=sm_${architecture}")
-endforeach()
+  --threads=2 -Xfatbin=-compress-all ${KG_CUDA_TARGETS})
 
 # nvcc is called by commands of our own: CMake's CUDA language stops the whole build where a toolkit is incomplete or, as
 # pip's, laid out another way.
@@ -130,5 +131,4 @@ target_include_directories(keelgrad_cuda SYSTEM PRIVATE ${KG_CUDA_INCLUDE})
 target_compile_definitions(keelgrad_cuda PRIVATE KG_CUDA $<$<BOOL:${KG_PARTIAL}>:KG_PARTIAL>)
 target_compile_options(keelgrad_cuda PRIVATE -O2 -Wall -Wextra)
 
-list(JOIN KG_CUDA_ARCHITECTURES " sm_" KG_CUDA_NAMES)
-message(NOTICE "keelgrad: building with CUDA ${KG_NVCC_VERSION} (${KG_NVCC}) for sm_${KG_CUDA_NAMES} and PTX")
+message(NOTICE "keelgrad: building with CUDA ${KG_NVCC_VERSION} (${KG_NVCC}) for ${KG_CUDA_NAMES} and PTX")

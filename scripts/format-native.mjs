@@ -1,6 +1,6 @@
-// Formats native/ with clang-format, or checks it (--check): part of `npm run format` and `npm run lint`.
-// The version is pinned: it comes from PyPI, once, into a cache folder outside of the checkout.
-// KEELGRAD_CLANG_FORMAT names another executable.
+// Formats native/ and the C++ under test/ with clang-format, or checks them (--check): part of `npm run format` and
+// `npm run lint`. The version is pinned: it comes from PyPI, once, into a cache folder outside of the checkout. KEELGRAD_CLANG_FORMAT names
+// another executable.
 import { spawnSync } from 'node:child_process';
 import { existsSync, readdirSync } from 'node:fs';
 import { homedir } from 'node:os';
@@ -35,13 +35,13 @@ function clangFormat() {
 }
 
 // .def files are lists of macro rows that a formatter only harms.
-const sources = readdirSync(join(root, 'native'), { recursive: true })
+const sources = ['native', 'test']
+  .flatMap((folder) => readdirSync(join(root, folder), { recursive: true }).map((file) => join(folder, file)))
   .filter((file) => /\.(cc|h|cu|cuh)$/.test(file))
-  .map((file) => join('native', file))
   .sort();
 const mode = process.argv.includes('--check') ? ['--dry-run', '--Werror'] : ['-i'];
 const result = run(clangFormat(), [...mode, '--style=file', ...sources]);
 if (result.stderr) process.stderr.write(result.stderr);
 if (result.status === 0) console.log(`clang-format: ${sources.length} files`);
-else console.error('clang-format: native/ is not formatted; run: npm run format');
+else console.error('clang-format: C++ sources are not formatted; run: npm run format');
 process.exit(result.status ?? 1);

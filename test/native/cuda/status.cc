@@ -1,7 +1,8 @@
-// Prints what kg::cuda::status() says here: available, reason, remedy, the driver's and the runtime's version, a line each.
-#include "cuda/backend.h"
-
+// Prints what kg::cuda::status() says here: available, reason, remedy, the driver's and the runtime's version, a line
+// each.
 #include <cstdio>
+
+#include "cuda/backend.h"
 
 int main() {
   const kg::CudaStatus status = kg::cuda::status();
