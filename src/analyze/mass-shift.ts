@@ -124,7 +124,7 @@ function pairsOf(responses: readonly SampledResponse[], promptIds: Int32Array): 
 export async function followMass(source: ModelSource, options: MassShiftOptions): Promise<MassShift | undefined> {
   const sampled = await (async () => {
     using model = await source();
-    return sampleResponses(model, options);
+    return await sampleResponses(model, options);
   })();
   if (options.signal?.aborted) return undefined;
   const responses: SampledResponse[] = assignSets(sampled, options.perSet);

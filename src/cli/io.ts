@@ -1,9 +1,16 @@
 // What a command may touch of the outside: its streams, signals and the work behind it, all replaceable in tests.
 // Loads nothing heavy: the work is imported when it is called for.
 
+import type { AnalysisHooks, AnalysisOutcome } from '../analyze/commands.js';
 import type { RuntimeInfo } from '../native/info.js';
 import type { ScoreHooks, ScoreSummary, TrainHooks, TrainResult } from '../train/hooks.js';
-import type { DemoOptions, ResolvedScoreOptions, ResolvedTrainOptions } from '../train/options.js';
+import type {
+  Analysis,
+  AnalyzeOptions,
+  DemoOptions,
+  ResolvedScoreOptions,
+  ResolvedTrainOptions,
+} from '../train/options.js';
 import type { ProgressStream } from '../train/progress.js';
 
 export interface CliIo {
@@ -30,6 +37,11 @@ export interface Work {
   runTraining(options: ResolvedTrainOptions, hooks: TrainHooks): Promise<TrainResult>;
   scoreFile(options: ResolvedScoreOptions, hooks: ScoreHooks): Promise<ScoreSummary>;
   runDemo(options: DemoOptions, context: DemoContext): Promise<void>;
+  runAnalysis<A extends Analysis>(
+    name: A,
+    options: AnalyzeOptions<A>,
+    hooks: AnalysisHooks,
+  ): Promise<AnalysisOutcome | undefined>;
   runtimeInfo(): Promise<RuntimeInfo>;
 }
 
@@ -37,6 +49,8 @@ export const defaultWork: Work = {
   runTraining: async (options, hooks) => (await import('../train/run.js')).runTraining(options, hooks),
   scoreFile: async (options, hooks) => (await import('../train/score.js')).scoreFile(options, hooks),
   runDemo: async (options, context) => (await import('./demo.js')).runDemo(options, context),
+  runAnalysis: async (name, options, hooks) =>
+    (await import('../analyze/commands.js')).runAnalysis(name, options, hooks),
   runtimeInfo: async () => (await import('../native/info.js')).runtimeInfo(),
 };
 

@@ -4,6 +4,8 @@
 import { Command, CommanderError, Option } from 'commander';
 import { KeelgradError, show, suggest } from '../errors.js';
 import {
+  type Analysis,
+  type AnalyzeOptions,
   defaultText,
   findOption,
   flagNaming,
@@ -34,6 +36,15 @@ const trainingFiles =
 const runTrain: CommandSpec<'sft' | 'dpo' | 'spo'>['run'] = async (options, io, work) =>
   (await import('./train.js')).trainCommand(options, io, work);
 
+const reportFiles =
+  "Writes a page with charts, each chart as SVG, tables as CSV and all numbers as JSON to --output. Looks at the demo's model and " +
+  'pairs unless told otherwise.';
+
+const runAnalysis =
+  <A extends Analysis>(name: A): CommandSpec<`analyze ${A}`>['run'] =>
+  async (options, io, work) =>
+    (await import('./analyze.js')).analyzeCommand(name, options as unknown as AnalyzeOptions<A>, io, work);
+
 const commands: { readonly [M in Method]: CommandSpec<M> } = {
   sft: {
     summary: 'supervised fine-tuning on completions',
@@ -60,6 +71,36 @@ const commands: { readonly [M in Method]: CommandSpec<M> } = {
       '(chosen - rejected), then means and accuracy. With --json one object a record and nothing else.',
     example: 'keelgrad score --model runs/spo/model --adapter runs/spo/adapter --data pairs.jsonl --json',
     run: async (options, io, work) => (await import('./score.js')).scoreCommand(options, io, work),
+  },
+  'analyze theory': {
+    summary: 'what one step of DPO does: Theorem 1 and its corollaries, predicted and measured',
+    about: `Predicted and measured change of log-probabilities after one plain gradient step of DPO on each pair: Theorem 1, both corollaries, and where they fail. ${reportFiles}`,
+    example: 'keelgrad analyze theory --model SmolLM2-135M --data pairs.jsonl --pairs 4 --output theory',
+    run: runAnalysis('theory'),
+  },
+  'analyze dynamics': {
+    summary: 'log-probabilities while training, DPO and SPO from one start',
+    about: `Trains by DPO and by SPO from the same start and follows the log-probabilities of chosen and rejected responses, the gradient terms of Theorem 1 and the log ratio. ${reportFiles}`,
+    example: 'keelgrad analyze dynamics --model SmolLM2-135M --data pairs.jsonl --max-steps 20 --output dynamics',
+    run: runAnalysis('dynamics'),
+  },
+  'analyze mass-shift': {
+    summary: 'where probability goes: the sampled responses to one prompt while training',
+    about: `Samples responses to one prompt, makes pairs of them, trains by DPO and by SPO and follows the probability of every response. ${reportFiles}`,
+    example: 'keelgrad analyze mass-shift --prompt "What is 12 times 11?" --answer 132 --model SmolLM2-135M',
+    run: runAnalysis('mass-shift'),
+  },
+  'analyze sensitivity': {
+    summary: 'how SPO depends on lambda and gamma: a grid of short runs, one table',
+    about: `Trains by SPO from the same start for every pair of lambda and gamma, and measures what became of the log-probabilities. ${reportFiles}`,
+    example: 'keelgrad analyze sensitivity --lambdas 0,1,5 --gammas 0,0.1 --max-steps 20',
+    run: runAnalysis('sensitivity'),
+  },
+  'analyze terms': {
+    summary: "what the terms (a) to (e) of SPO's gradient weigh, over alpha, K, lambda and gamma",
+    about: `Norms of the terms of SPO's gradient on one batch and their shares, and whether the lower level's part is more than rounding. ${reportFiles}`,
+    example: 'keelgrad analyze terms --model SmolLM2-135M --data pairs.jsonl --lower-learning-rates 2e-5,2e-3',
+    run: runAnalysis('terms'),
   },
   demo: {
     summary: 'DPO and SPO side by side on a small built-in model, in two minutes',
@@ -106,6 +147,21 @@ const configOption = (): Option =>
 
 const takesConfig = (method: Method): boolean => ['sft', 'dpo', 'spo'].includes(method);
 
+/** `analyze theory` is a command of `analyze`, which has no options of its own. */
+function parentOf(program: Command, method: Method): Command {
+  const [name, child] = method.split(' ');
+  if (child === undefined) return program;
+  const found = program.commands.find((one) => one.name() === name);
+  if (found) return found;
+  return program
+    .command(name)
+    .summary('what preference training does to probabilities: five analyses')
+    .description('Analyses of what DPO and SPO do to probabilities; each writes a report.')
+    .helpOption('-h, --help', 'print this page')
+    .helpCommand(false)
+    .usage('<analysis> [options]');
+}
+
 /** Only what was written on the command line: the parser's own defaults are not the user's. */
 function givenOptions(command: Command, method: Method): Partial<Record<OptionKey, unknown>> {
   const given: Partial<Record<OptionKey, unknown>> = {};
@@ -120,7 +176,10 @@ type Finish = (run: () => Promise<number>) => Promise<void>;
 
 function addCommand<M extends Method>(program: Command, method: M, finish: Finish, io: CliIo, work: Work): void {
   const spec = commands[method];
-  const command = program.command(method).summary(spec.summary).description(spec.about);
+  const command = parentOf(program, method)
+    .command(method.replace(/^.* /, ''))
+    .summary(spec.summary)
+    .description(spec.about);
   command.helpOption('-h, --help', 'print this page').usage('[options]');
   if (takesConfig(method)) command.addOption(configOption());
   for (const key of optionsOf(method)) command.addOption(commandOption(key, method));
@@ -158,23 +217,45 @@ function buildProgram(finish: Finish, io: CliIo, work: Work): Command {
   return program;
 }
 
+/** How far into the commands a command line reached: `analyze theory` and its command. */
+interface Reached {
+  readonly command: Command;
+  readonly path: string;
+}
+
+function reach(program: Command, argv: readonly string[]): Reached {
+  const names: string[] = [];
+  let command = program;
+  for (const word of argv) {
+    const child = command.commands.find((one) => one.name() === word);
+    if (!child) break;
+    names.push(word);
+    command = child;
+  }
+  return { command, path: names.join(' ') };
+}
+
 /** The parser's complaints in our words, with the nearest name of any command. */
-function explain(error: CommanderError, method: Method | undefined, words: readonly string[]): KeelgradError {
+function explain(error: CommanderError, { command, path }: Reached): KeelgradError {
   const [, quoted = ''] = /'(.*?)'/.exec(error.message) ?? [];
   const flag = quoted.replace(/=.*/s, '').replace(/ .*/s, '');
-  const help = method ? `keelgrad ${method} --help` : 'keelgrad --help';
+  const method = methods.find((one) => one === path);
+  const help = path ? `keelgrad ${path} --help` : 'keelgrad --help';
   switch (error.code) {
     case 'commander.unknownOption':
       return method ? unknownOption(method, flag) : new KeelgradError(`${flag} is no option of keelgrad; see ${help}`);
     case 'commander.unknownCommand': {
-      const nearest = suggest(quoted, methods);
+      const names = command.commands.map((one) => one.name());
+      const nearest = suggest(quoted, names);
       const advice = nearest ? `did you mean ${nearest}?` : `see ${help}`;
-      return new KeelgradError(`"${quoted}" is no command; expected one of ${methods.join(', ')}; ${advice}`);
+      return new KeelgradError(`"${quoted}" is no command; expected one of ${names.join(', ')}; ${advice}`);
     }
     case 'commander.optionMissingArgument':
       return new KeelgradError(`${flag}: expected a value, found nothing; see ${help}`);
     case 'commander.excessArguments':
-      return new KeelgradError(`expected options only, found ${show(words[0])}, which belongs to none; see ${help}`);
+      return new KeelgradError(
+        `expected options only, found ${show(command.args[0])}, which belongs to none; see ${help}`,
+      );
     default:
       return new KeelgradError(error.message.replace(/^error: /, ''));
   }
@@ -220,7 +301,6 @@ export async function main(argv: readonly string[], io: CliIo, work: Work = defa
     if (!(error instanceof CommanderError)) return report(error, io);
     // Help and version pages end in an exception too; the code says which; a bare `keelgrad` has printed its help.
     if (error.exitCode === 0 || error.code === 'commander.help') return error.exitCode;
-    const command = program.commands.find((one) => one.name() === argv[0]);
-    return report(explain(error, command?.name() as Method | undefined, command?.args ?? []), io);
+    return report(explain(error, reach(program, argv)), io);
   }
 }

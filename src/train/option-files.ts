@@ -1,42 +1,63 @@
 // Options on where things are and what machine runs them: rows of the option table. Data only.
+import { assets } from '../demo/settings.js';
 import { type DType, policyOf } from '../tensor/dtype.js';
-import { type Chosen, groups, modelMethods, type OptionSpec, trainMethods } from './option-spec.js';
+import {
+  type AnalyzeMethod,
+  analyzeMethods,
+  type Chosen,
+  groups,
+  modelMethods,
+  type OptionSpec,
+  trainMethods,
+} from './option-spec.js';
+
+/** What analyses look at unless told otherwise: the demo's. */
+const fromDemo = (what: string, path: string) => {
+  const rule = { text: `the demo's ${what}`, value: () => path };
+  return Object.fromEntries(analyzeMethods.map((method) => [method, rule])) as Record<AnalyzeMethod, typeof rule>;
+};
+
+const outputFolders = Object.fromEntries(
+  analyzeMethods.map((method) => [method, `keelgrad-${method.replace(' ', '-')}`]),
+) as Record<AnalyzeMethod, string>;
 
 export const fileOptions = {
   model: {
     type: 'string',
-    methods: modelMethods,
+    methods: [...modelMethods, ...analyzeMethods],
     group: groups.files,
     placeholder: 'DIR',
     required: true,
+    default: fromDemo('model', assets.model),
     alsoCalled: ['model-name-or-path'],
     help: 'Hugging Face folder of a Llama or Qwen2 model',
   },
   data: {
     type: 'string',
-    methods: modelMethods,
+    methods: [...modelMethods, 'analyze theory', 'analyze dynamics', 'analyze sensitivity', 'analyze terms'],
     group: groups.files,
     placeholder: 'FILE',
     required: true,
+    default: fromDemo('pairs', assets.pairs),
     help: 'records, one JSON object a line or one JSON array',
   },
   output: {
     type: 'string',
-    methods: ['sft', 'dpo', 'spo', 'demo'],
+    methods: ['sft', 'dpo', 'spo', 'demo', ...analyzeMethods],
     group: groups.files,
     placeholder: 'DIR',
     required: true,
-    default: { demo: 'keelgrad-demo' },
+    default: { demo: 'keelgrad-demo', ...outputFolders },
     alsoCalled: ['output-dir'],
     help: 'folder for what the run writes',
   },
   adapter: {
     type: 'string',
-    methods: modelMethods,
+    methods: [...modelMethods, ...analyzeMethods],
     group: groups.files,
     placeholder: 'DIR',
     help: 'PEFT adapter to start from; its rank, alpha and targets hold',
-    helpOf: { score: 'PEFT adapter on top of the model' },
+    helpOf: { score: 'PEFT adapter on top of the model', 'analyze theory': 'PEFT adapter on top of the model' },
   },
   overwrite: {
     type: 'boolean',
@@ -62,7 +83,7 @@ export const fileOptions = {
 export const machineOptions = {
   device: {
     type: 'string',
-    methods: modelMethods,
+    methods: [...modelMethods, ...analyzeMethods],
     group: groups.machine,
     placeholder: 'NAME',
     choices: ['auto', 'cpu', 'cuda'],
@@ -71,16 +92,26 @@ export const machineOptions = {
   },
   dtype: {
     type: 'string',
-    methods: modelMethods,
+    methods: [...modelMethods, ...analyzeMethods],
     group: groups.machine,
     placeholder: 'TYPE',
     choices: ['float32', 'bfloat16', 'float64'],
-    default: 'float32',
+    default: {
+      sft: 'float32',
+      dpo: 'float32',
+      spo: 'float32',
+      score: 'float32',
+      'analyze theory': 'float64',
+      'analyze dynamics': 'float32',
+      'analyze mass-shift': 'float32',
+      'analyze sensitivity': 'float32',
+      'analyze terms': 'float32',
+    },
     help: 'dtype of computation',
   },
   threads: {
     type: 'integer',
-    methods: ['sft', 'dpo', 'spo', 'score', 'demo'],
+    methods: ['sft', 'dpo', 'spo', 'score', 'demo', ...analyzeMethods],
     group: groups.machine,
     min: 1,
     max: 256,
@@ -89,7 +120,7 @@ export const machineOptions = {
   },
   seed: {
     type: 'integer',
-    methods: ['sft', 'dpo', 'spo', 'demo'],
+    methods: ['sft', 'dpo', 'spo', 'demo', ...analyzeMethods],
     group: groups.machine,
     min: 0,
     default: 42,

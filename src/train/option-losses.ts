@@ -8,7 +8,7 @@ import {
   preferenceLossNames,
   referenceFree,
 } from '../objectives/preference/facts.js';
-import { type Chosen, groups, type OptionSpec, preferenceMethods } from './option-spec.js';
+import { analyzeMethods, type Chosen, groups, type OptionSpec, preferenceMethods } from './option-spec.js';
 
 const lossesOf = (chosen: Chosen): readonly string[] => chosen.lossType as readonly string[];
 
@@ -36,8 +36,17 @@ export const lossOptions = {
   },
   beta: {
     ...row,
+    methods: [...preferenceMethods, ...analyzeMethods],
     type: 'number',
-    default: { dpo: 0.1, spo: 0.5 },
+    default: {
+      dpo: 0.1,
+      spo: 0.5,
+      'analyze theory': 0.5,
+      'analyze dynamics': 0.5,
+      'analyze mass-shift': 0.5,
+      'analyze sensitivity': 0.5,
+      'analyze terms': 0.5,
+    },
     above: 0,
     help: 'temperature of the preference loss',
   },

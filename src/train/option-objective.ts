@@ -1,5 +1,5 @@
 // Options on what is trained and on SPO's levels: rows of the option table. Data only.
-import { groups, type OptionSpec } from './option-spec.js';
+import { followMethods, groups, type OptionSpec } from './option-spec.js';
 
 export const objectiveOptions = {
   train: {
@@ -35,7 +35,7 @@ export const objectiveOptions = {
 export const spoOptions = {
   lambda: {
     type: 'number',
-    methods: ['spo'],
+    methods: ['spo', 'analyze dynamics', 'analyze mass-shift'],
     group: groups.objective,
     min: 0,
     default: 1,
@@ -43,7 +43,7 @@ export const spoOptions = {
   },
   gamma: {
     type: 'number',
-    methods: ['spo'],
+    methods: ['spo', 'analyze dynamics', 'analyze mass-shift'],
     group: groups.objective,
     min: 0,
     default: 0,
@@ -60,7 +60,7 @@ export const spoOptions = {
   },
   lowerSteps: {
     type: 'integer',
-    methods: ['spo'],
+    methods: ['spo', ...followMethods],
     group: groups.objective,
     min: 0,
     default: 1,
@@ -68,7 +68,7 @@ export const spoOptions = {
   },
   lowerLearningRate: {
     type: 'number',
-    methods: ['spo'],
+    methods: ['spo', ...followMethods],
     group: groups.objective,
     above: 0,
     default: 2e-5,

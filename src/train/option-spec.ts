@@ -1,6 +1,22 @@
 // What an option of a command is: the shape of a row of the option table, and the names that rows share.
 // Types and plain names only.
-export const methods = ['sft', 'dpo', 'spo', 'score', 'demo', 'info'] as const;
+/** The analyses of `keelgrad analyze`. */
+export const analyses = ['theory', 'dynamics', 'mass-shift', 'sensitivity', 'terms'] as const;
+export type Analysis = (typeof analyses)[number];
+export type AnalyzeMethod = `analyze ${Analysis}`;
+export const methods = [
+  'sft',
+  'dpo',
+  'spo',
+  'score',
+  'analyze theory',
+  'analyze dynamics',
+  'analyze mass-shift',
+  'analyze sensitivity',
+  'analyze terms',
+  'demo',
+  'info',
+] as const;
 export type Method = (typeof methods)[number];
 export type TrainMethod = 'sft' | 'dpo' | 'spo';
 
@@ -58,6 +74,16 @@ export const preferenceMethods = ['dpo', 'spo'] as const;
 /** Those that read a model and data. */
 export const modelMethods = ['sft', 'dpo', 'spo', 'score'] as const;
 
+/** All analyses, those that train, and those whose levels have options of their own. */
+export const analyzeMethods = [
+  'analyze theory',
+  'analyze dynamics',
+  'analyze mass-shift',
+  'analyze sensitivity',
+  'analyze terms',
+] as const;
+export const followMethods = ['analyze dynamics', 'analyze mass-shift', 'analyze sensitivity'] as const;
+
 /** Headings of the help pages. */
 export const groups = {
   files: 'Model and data',
@@ -66,5 +92,6 @@ export const groups = {
   lora: 'Adapter (LoRA)',
   optimizer: 'Optimizer',
   batches: 'Steps and batches',
+  analysis: 'Analysis',
   machine: 'Machine and run',
 } as const;

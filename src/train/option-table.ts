@@ -1,5 +1,6 @@
 // Every option of every command, once: types, checks, defaults, help and config keys all come from this table.
 // Data only: it imports nothing but other tables and knows nothing of models, data or the command line's parser.
+import { analyzeOptions } from './option-analyze.js';
 import { fileOptions, machineOptions } from './option-files.js';
 import { lossOptions } from './option-losses.js';
 import { objectiveOptions, spoOptions } from './option-objective.js';
@@ -15,6 +16,7 @@ export const optionTable = {
   ...loraOptions,
   ...optimizerOptions,
   ...batchOptions,
+  ...analyzeOptions,
   ...machineOptions,
 } as const satisfies Record<string, OptionSpec>;
 

@@ -1,5 +1,5 @@
 // Options of adapters, the optimizer, steps and batches: rows of the option table. Data only.
-import { type DefaultRule, groups, modelMethods, type OptionSpec, trainMethods } from './option-spec.js';
+import { type DefaultRule, followMethods, groups, modelMethods, type OptionSpec, trainMethods } from './option-spec.js';
 
 const fromLora = (lora: number, other: number): DefaultRule => ({
   text: `${other.toExponential()}; ${lora.toExponential()} with --train lora`,
@@ -18,7 +18,7 @@ export const linearNames = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj',
 export const loraOptions = {
   loraR: {
     type: 'integer',
-    methods: trainMethods,
+    methods: [...trainMethods, ...followMethods, 'analyze terms'],
     group: groups.lora,
     min: 1,
     default: 16,
@@ -27,7 +27,7 @@ export const loraOptions = {
   },
   loraAlpha: {
     type: 'number',
-    methods: trainMethods,
+    methods: [...trainMethods, ...followMethods, 'analyze terms'],
     group: groups.lora,
     above: 0,
     default: 32,
@@ -68,13 +68,16 @@ export const loraOptions = {
 export const optimizerOptions = {
   learningRate: {
     type: 'number',
-    methods: trainMethods,
+    methods: [...trainMethods, ...followMethods],
     group: groups.optimizer,
     min: 0,
     default: {
       sft: fromLora(2e-4, 2e-5),
       dpo: fromLora(1e-5, 1e-6),
       spo: { without: 'that of each level' },
+      'analyze dynamics': 1e-4,
+      'analyze mass-shift': 1e-4,
+      'analyze sensitivity': 1e-4,
     },
     alsoCalled: ['lr'],
     help: 'step size',
@@ -214,17 +217,26 @@ export const batchOptions = {
   },
   maxSteps: {
     type: 'integer',
-    methods: trainMethods,
+    methods: [...trainMethods, ...followMethods],
     group: groups.batches,
     min: 1,
+    default: { 'analyze dynamics': 60, 'analyze mass-shift': 40, 'analyze sensitivity': 20 },
     help: 'exactly so many steps, cycling over the data, instead of epochs',
   },
   batchSize: {
     type: 'integer',
-    methods: modelMethods,
+    methods: [...modelMethods, ...followMethods],
     group: groups.batches,
     min: 1,
-    default: { sft: 8, dpo: 4, spo: 4, score: 4 },
+    default: {
+      sft: 8,
+      dpo: 4,
+      spo: 4,
+      score: 4,
+      'analyze dynamics': 4,
+      'analyze mass-shift': 4,
+      'analyze sensitivity': 4,
+    },
     alsoCalled: ['per-device-train-batch-size'],
     help: 'pairs at once',
     helpOf: { sft: 'records at once' },
@@ -239,10 +251,19 @@ export const batchOptions = {
   },
   maxLength: {
     type: 'integer',
-    methods: modelMethods,
+    methods: [...modelMethods, 'analyze theory', 'analyze dynamics', 'analyze sensitivity', 'analyze terms'],
     group: groups.batches,
     min: 2,
-    default: { sft: 1024, dpo: 1024, spo: 1024, score: { without: 'off' } },
+    default: {
+      sft: 1024,
+      dpo: 1024,
+      spo: 1024,
+      score: { without: 'off' },
+      'analyze theory': 1024,
+      'analyze dynamics': 1024,
+      'analyze sensitivity': 1024,
+      'analyze terms': 1024,
+    },
     help: 'tokens kept of a sequence; a prompt that fills them drops the record',
   },
   shuffle: {

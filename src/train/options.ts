@@ -3,11 +3,21 @@
 
 import { didYouMean, KeelgradError, show, suggest } from '../errors.js';
 import { checkRules, isLive, type Naming } from './option-rules.js';
-import type { Chosen, Default, DefaultRule, Method, NoDefault, OptionSpec, TrainMethod, Value } from './option-spec.js';
+import type {
+  Analysis,
+  Chosen,
+  Default,
+  DefaultRule,
+  Method,
+  NoDefault,
+  OptionSpec,
+  TrainMethod,
+  Value,
+} from './option-spec.js';
 import { type OptionKey, type OptionTable, optionTable } from './option-table.js';
 
 export { exclusiveOptions, type Naming } from './option-rules.js';
-export { type Method, methods, type TrainMethod } from './option-spec.js';
+export { type Analysis, analyses, type Method, methods, type TrainMethod } from './option-spec.js';
 export { type OptionKey, optionTable } from './option-table.js';
 export { linearNames } from './option-training.js';
 
@@ -54,8 +64,11 @@ export type SpoOptions = ResolvedOptions<'spo'>;
 export type ScoreOptions = ResolvedOptions<'score'>;
 export type DemoOptions = ResolvedOptions<'demo'>;
 export type InfoOptions = ResolvedOptions<'info'>;
+export type AnalyzeOptions<A extends Analysis> = ResolvedOptions<`analyze ${A}`>;
 
-interface ByMethod {
+type ByAnalysis = { [A in Analysis as `analyze ${A}`]: AnalyzeOptions<A> };
+
+interface ByMethod extends ByAnalysis {
   sft: SftOptions;
   dpo: DpoOptions;
   spo: SpoOptions;
@@ -136,7 +149,12 @@ function nearestOption(method: Method, name: string, naming: Naming): string {
   return elsewhere === undefined ? '' : `; did you mean ${naming.option(elsewhere)}, of ${owners(elsewhere)}?`;
 }
 
-const owners = (key: OptionKey): string => specs[key].methods.map((owner) => `keelgrad ${owner}`).join(', ');
+/** The commands that have an option; analyses only where no other has it. */
+function owners(key: OptionKey): string {
+  const all = specs[key].methods;
+  const others = all.filter((method) => !method.startsWith('analyze'));
+  return (others.length > 0 ? others : all).map((owner) => `keelgrad ${owner}`).join(', ');
+}
 
 /** An option that exists, but not for this command: says who has it and what comes nearest here. */
 function foreignOption(method: Method, key: OptionKey, name: string, naming: Naming): KeelgradError {
@@ -210,7 +228,7 @@ function describeBounds(spec: OptionSpec): string {
 export function describeExpected(spec: OptionSpec): string {
   if (spec.choices) return `${spec.type === 'strings' ? 'names out of' : 'one of'} ${spec.choices.join(', ')}`;
   if (spec.type === 'boolean') return 'true or false';
-  if (spec.type === 'string') return spec.placeholder === 'FILE' ? 'a file' : 'a folder';
+  if (spec.type === 'string') return { FILE: 'a file', TEXT: 'some text' }[spec.placeholder ?? ''] ?? 'a folder';
   if (spec.type === 'strings') return 'names, separated by commas';
   const noun = spec.type === 'integer' ? 'a whole number' : spec.type === 'numbers' ? 'numbers, each' : 'a number';
   return `${noun} ${describeBounds(spec)}`.trim();

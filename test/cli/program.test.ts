@@ -101,6 +101,10 @@ async function run(argv: string[], overrides: Partial<Work> = {}, training?: Tra
       records.forEach(hooks.onRecord);
       return { records: 2, dropped: 1, interrupted: false };
     },
+    runAnalysis: async (name, options) => {
+      session.options = options as unknown as ResolvedTrainOptions;
+      return { page: `${name}.html`, findings: ['it rose', 'it fell'] };
+    },
     runDemo: async (options, context) => void context.stdout.write(`demo in ${options.output}\n`),
     runtimeInfo: async () => info,
     ...overrides,
@@ -166,7 +170,7 @@ describe('errors', () => {
       '--seed is an option of keelgrad sft, keelgrad dpo, keelgrad spo, keelgrad demo, not of keelgrad score',
     ],
     [['--frobnicate'], '--frobnicate is no option of keelgrad; see keelgrad --help'],
-    [['spoo'], '"spoo" is no command; expected one of sft, dpo, spo, score, demo, info; did you mean spo?'],
+    [['spoo'], '"spoo" is no command; expected one of sft, dpo, spo, score, analyze, demo, info; did you mean spo?'],
     [
       ['sft', 'data.jsonl'],
       'expected options only, found "data.jsonl", which belongs to none; see keelgrad sft --help',
@@ -322,6 +326,45 @@ describe('score', () => {
     expect(new Set(lines.slice(0, 3).map((line) => line.length)).size).toBe(1);
     expect(out).toMatch(/mean chosen +-6\.0625 +per token -1\.5156/);
     expect(out).toMatch(/accuracy +0\.5000 +chosen above rejected in 1 of 2 records/);
+  });
+});
+
+describe('analyze', () => {
+  it('runs an analysis and says what came out and where', async () => {
+    const { code, out, options } = await run(['analyze', 'theory', '--pairs', '3']);
+    expect(code).toBe(0);
+    expect(options).toMatchObject({ method: 'analyze theory', pairs: 3, dtype: 'float64' });
+    expect(out).toBe(
+      '- it rose\n- it fell\n\nreport: theory.html, with its charts (SVG), tables (CSV) and numbers (JSON) beside it\n',
+    );
+  });
+
+  it('stopped before its end, it says so', async () => {
+    const { code, out } = await run(['analyze', 'terms'], { runAnalysis: async () => undefined });
+    expect([code, out]).toStrictEqual([130, 'stopped before its end; nothing was written\n']);
+  });
+
+  it.each([
+    [
+      ['analyze', 'theorie'],
+      '"theorie" is no command; expected one of theory, dynamics, mass-shift, sensitivity, terms',
+    ],
+    [
+      ['analyze', 'theory', '--stepsizes', '1'],
+      '--stepsizes is no option of keelgrad analyze theory; did you mean --step-sizes?',
+    ],
+    [['analyze', 'theory', '--step-sizes', '0'], '--step-sizes: expected numbers, each above 0, found 0'],
+    [['analyze', 'mass-shift', '--data', 'x'], '--data is an option of'],
+  ])('refuses %j', async (argv, message) => {
+    const { code, err } = await run(argv);
+    expect(code).toBe(1);
+    expect(err).toContain(message);
+  });
+
+  it('lists the analyses', async () => {
+    const { out } = await run(['analyze', '--help']);
+    for (const name of ['theory', 'dynamics', 'mass-shift', 'sensitivity', 'terms'])
+      expect(out).toContain(`  ${name}  `);
   });
 });
 

@@ -2,6 +2,7 @@
 
 import { readFileSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
+import { assets } from '../../src/demo/settings.js';
 import { KeelgradError } from '../../src/errors.js';
 import { lossFacts, preferenceLossNames } from '../../src/objectives/preference/facts.js';
 import {
@@ -19,7 +20,12 @@ import {
 const paths = { model: 'm', data: 'd', output: 'o' };
 
 function resolve<M extends Method>(method: M, given: Record<string, unknown> = {}): Resolved<M> {
-  const required = method === 'score' ? { model: 'm', data: 'd' } : method === 'info' || method === 'demo' ? {} : paths;
+  const required =
+    method === 'score'
+      ? { model: 'm', data: 'd' }
+      : method === 'info' || method === 'demo' || method.startsWith('analyze')
+        ? {}
+        : paths;
   return resolveOptions(method, { ...required, ...given }, { naming: flagNaming });
 }
 
@@ -93,6 +99,30 @@ const losses = {
   ktoUndesirableWeight: 1,
 } as const;
 
+/** What all analyses have. */
+const analysis = <A extends string>(name: A) =>
+  ({
+    method: `analyze ${name}`,
+    model: assets.model,
+    output: `keelgrad-analyze-${name}`,
+    adapter: undefined,
+    beta: 0.5,
+    dtype: 'float32',
+    device: 'auto',
+    threads: undefined,
+    seed: 42,
+  }) as const;
+
+/** What those that train have. */
+const followed = {
+  loraR: 16,
+  loraAlpha: 32,
+  learningRate: 1e-4,
+  batchSize: 4,
+  lowerSteps: 1,
+  lowerLearningRate: 2e-5,
+} as const;
+
 const documented = {
   sft: {
     ...common,
@@ -145,6 +175,63 @@ const documented = {
     threads: undefined,
     maxLength: undefined,
     batchSize: 4,
+  },
+  'analyze theory': {
+    ...analysis('theory'),
+    dtype: 'float64',
+    data: assets.pairs,
+    maxLength: 1024,
+    pairs: 8,
+    stepSizes: [1e-3, 1e-4, 1e-5],
+  },
+  'analyze dynamics': {
+    ...analysis('dynamics'),
+    ...followed,
+    data: assets.pairs,
+    maxLength: 1024,
+    lambda: 1,
+    gamma: 0,
+    maxSteps: 60,
+    pairs: 50,
+    every: 5,
+    gradientPairs: 4,
+    emaDecay: 0.9,
+  },
+  'analyze mass-shift': {
+    ...analysis('mass-shift'),
+    ...followed,
+    lambda: 1,
+    gamma: 0,
+    maxSteps: 40,
+    every: 5,
+    prompt: 'Tom has 23 apples and buys 18 more. How many apples does Tom have?',
+    answer: '41',
+    samples: 100,
+    maxTokens: 48,
+    temperature: 1,
+    perSet: 5,
+  },
+  'analyze sensitivity': {
+    ...analysis('sensitivity'),
+    ...followed,
+    data: assets.pairs,
+    maxLength: 1024,
+    maxSteps: 20,
+    pairs: 50,
+    lambdas: [0, 0.5, 1, 2, 5],
+    gammas: [0, 0.01],
+  },
+  'analyze terms': {
+    ...analysis('terms'),
+    data: assets.pairs,
+    maxLength: 1024,
+    loraR: 16,
+    loraAlpha: 32,
+    pairs: 4,
+    lambdas: [1, 5],
+    gammas: [0, 0.01, 0.1],
+    lowerLearningRates: [2e-5, 2e-4, 2e-3, 2e-2],
+    lowerStepCounts: [1, 3],
   },
   demo: { method: 'demo', output: 'keelgrad-demo', threads: undefined, seed: 42 },
   info: { method: 'info', json: false },

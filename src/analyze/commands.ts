@@ -1,0 +1,212 @@
+// The analyses as `keelgrad analyze` runs them: from options to a written report. No mathematics and no charts of its own.
+import type { PreferenceExample, PreparedData } from '../data/tokenize.js';
+import { preparePreferenceData } from '../data/tokenize.js';
+import { agrees } from '../demo/language.js';
+import { KeelgradError } from '../errors.js';
+import { type LoadOptions, loadModel } from '../io/model-folder.js';
+import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
+import type { Device } from '../tensor/storage.js';
+import type { Analysis, AnalyzeOptions } from '../train/options.js';
+import { applyThreads, resolveDevice } from '../train/setup.js';
+import { type DynamicsOptions, dynamicsReport, followDynamics } from './dynamics.js';
+import { followMass, type MassShiftOptions, massShiftReport } from './mass-shift.js';
+import { type Report, writeReport } from './report.js';
+import type { ModelSource } from './runs.js';
+import { sensitivityReport, sweep } from './sensitivity.js';
+import { measureTerms, termsReport } from './terms.js';
+import { analyzeTheory, type TheoryPair } from './theory.js';
+import { theoryReport } from './theory-report.js';
+
+export interface AnalysisHooks {
+  readonly signal?: AbortSignal;
+  onMessage?(text: string): void;
+  onPhase?(name: string, done: number, total: number): void;
+}
+
+/** What was written, or nothing where the run was stopped before its end. */
+export interface AnalysisOutcome {
+  readonly page: string;
+  readonly findings: readonly string[];
+}
+
+/** What all analyses start from. */
+interface Ground {
+  readonly device: Device;
+  readonly hooks: AnalysisHooks;
+  tokenizer(): Promise<Tokenizer>;
+}
+
+type Pairs = PreparedData<PreferenceExample>;
+
+const some = (data: Pairs, from: number, to: number): Pairs => ({ ...data, examples: data.examples.slice(from, to) });
+
+async function openPairs(options: { model: string; data: string; maxLength?: number }, ground: Ground): Promise<Pairs> {
+  const data = await preparePreferenceData(options.data, { tokenizer: ground.tokenizer, maxLength: options.maxLength });
+  for (const warning of data.warnings) ground.hooks.onMessage?.(warning);
+  if (data.examples.length === 0) throw new KeelgradError(`${options.data}: expected preference pairs, found none`);
+  return data;
+}
+
+type Setup = Pick<AnalyzeOptions<'terms'>, 'model' | 'adapter' | 'dtype' | 'loraR' | 'loraAlpha' | 'seed' | 'beta'>;
+type Steps = Setup & Pick<AnalyzeOptions<'dynamics'>, 'learningRate' | 'maxSteps' | 'batchSize'>;
+
+/** Fresh copies of the model with adapters: those of `--adapter`, or new ones. */
+function sourceOf(options: Setup, ground: Ground): ModelSource {
+  const settings: LoadOptions = { dtype: options.dtype, device: ground.device };
+  if (options.adapter !== undefined) settings.adapter = options.adapter;
+  else settings.lora = { r: options.loraR, alpha: options.loraAlpha, seed: options.seed };
+  return () => loadModel(options.model, settings);
+}
+
+/** What SPO and DPO have in common in the analyses that train. */
+const training = ({ beta, seed }: Setup) => ({ beta, seed });
+
+const steps = (o: Steps) => ({
+  ...training(o),
+  learningRate: o.learningRate,
+  maxSteps: o.maxSteps,
+  batchSize: o.batchSize,
+});
+
+const lowerLevel = (o: { lowerSteps: number; lowerLearningRate: number }) => ({
+  lowerSteps: o.lowerSteps,
+  ...(o.lowerSteps > 0 && { lowerLearningRate: o.lowerLearningRate }),
+});
+
+/** Pairs to train on and pairs to look at: the file's last ones are kept from training where it has enough. */
+function split(data: Pairs, probePairs: number): { train: Pairs; probe: readonly PreferenceExample[] } {
+  const count = data.examples.length;
+  if (count <= probePairs) return { train: data, probe: data.examples };
+  return { train: some(data, 0, count - probePairs), probe: data.examples.slice(count - probePairs) };
+}
+
+async function theory(options: AnalyzeOptions<'theory'>, ground: Ground): Promise<Report> {
+  const { examples } = await openPairs(options, ground);
+  const used = examples.slice(0, options.pairs);
+  const pairs = used.map((example, i): TheoryPair => {
+    const other = examples[(i + 1) % examples.length];
+    return { ...example, others: other === example ? [] : [other.chosenIds] };
+  });
+  using model = await loadModel(options.model, {
+    dtype: options.dtype,
+    device: ground.device,
+    adapter: options.adapter,
+  });
+  const settings = {
+    beta: options.beta,
+    stepSizes: options.stepSizes,
+    signal: ground.hooks.signal,
+    onProgress: (done: number, total: number) => ground.hooks.onPhase?.('pairs', done, total),
+  };
+  const results = await analyzeTheory(model, pairs, settings);
+  return theoryReport(results, settings, { model: options.model, dtype: options.dtype });
+}
+
+async function dynamics(options: AnalyzeOptions<'dynamics'>, ground: Ground): Promise<Report | undefined> {
+  const { train, probe } = split(await openPairs(options, ground), options.pairs);
+  const common = steps(options);
+  const settings: DynamicsOptions = {
+    dpo: common,
+    spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...lowerLevel(options) },
+    every: options.every,
+    gradientPairs: Math.min(options.gradientPairs, probe.length),
+    emaDecay: options.emaDecay,
+    signal: ground.hooks.signal,
+    onProgress: (method, updates) => ground.hooks.onPhase?.(method, updates, options.maxSteps),
+  };
+  const results = await followDynamics(sourceOf(options, ground), train, probe, settings);
+  return results && dynamicsReport(results, settings, { model: options.model, pairs: probe.length });
+}
+
+async function sensitivity(options: AnalyzeOptions<'sensitivity'>, ground: Ground): Promise<Report | undefined> {
+  const { train, probe } = split(await openPairs(options, ground), options.pairs);
+  const settings = {
+    lambdas: options.lambdas,
+    gammas: options.gammas,
+    spo: { ...steps(options), ...lowerLevel(options) },
+    signal: ground.hooks.signal,
+    onProgress: (done: number, total: number) => ground.hooks.onPhase?.('runs', done, total),
+  };
+  const runs = await sweep(sourceOf(options, ground), train, probe, settings);
+  if (runs.length < options.lambdas.length * options.gammas.length) return undefined;
+  return sensitivityReport(runs, settings, { model: options.model, pairs: probe.length, steps: options.maxSteps });
+}
+
+async function terms(options: AnalyzeOptions<'terms'>, ground: Ground): Promise<Report | undefined> {
+  const data = some(await openPairs(options, ground), 0, options.pairs);
+  const settings = {
+    lowerLearningRates: options.lowerLearningRates,
+    lowerSteps: options.lowerStepCounts,
+    lambdas: options.lambdas,
+    gammas: options.gammas,
+    spo: training(options),
+    signal: ground.hooks.signal,
+    onProgress: (done: number, total: number) => ground.hooks.onPhase?.('gradients', done, total),
+  };
+  using model = await sourceOf(options, ground)();
+  const found = await measureTerms(model, data, settings);
+  const facts = { model: options.model, pairs: data.examples.length, dtype: options.dtype };
+  return found && termsReport(found, settings, facts);
+}
+
+async function massShift(options: AnalyzeOptions<'mass-shift'>, ground: Ground): Promise<Report | undefined> {
+  const tokenizer = await ground.tokenizer();
+  const endId = tokenizer.eosToken?.id;
+  if (endId === undefined)
+    throw new KeelgradError(`${options.model}: the tokenizer has no end token; name another --model`);
+  const chat = (role: string, content: string) => [{ role, content }];
+  const templated = tokenizer.chatTemplate !== undefined;
+  const record = templated
+    ? { prompt: chat('user', options.prompt), chosen: chat('assistant', '1'), rejected: chat('assistant', '2') }
+    : { prompt: options.prompt, chosen: '1', rejected: '2' };
+  const { examples } = await preparePreferenceData([record], { tokenizer: async () => tokenizer });
+  const decode = (ids: ArrayLike<number>): Promise<string> => tokenizer.decode(ids, { skipSpecialTokens: true });
+  const common = steps(options);
+  const settings: MassShiftOptions = {
+    promptIds: examples[0].promptIds,
+    endId,
+    samples: options.samples,
+    maxTokens: options.maxTokens,
+    temperature: options.temperature,
+    isPreferred: async (ids) => agrees(await decode(ids), options.answer),
+    perSet: options.perSet,
+    dpo: common,
+    spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...lowerLevel(options) },
+    every: options.every,
+    seed: options.seed,
+    signal: ground.hooks.signal,
+    onSampled: (done, total) => ground.hooks.onPhase?.('samples', done, total),
+    onProgress: (method, updates) => ground.hooks.onPhase?.(method, updates, options.maxSteps),
+  };
+  const shift = await followMass(sourceOf(options, ground), settings);
+  if (!shift) return undefined;
+  const texts = await Promise.all(shift.responses.map((r) => decode(r.ids)));
+  return massShiftReport(shift, settings, { model: options.model, prompt: options.prompt, texts });
+}
+
+const analysesByName: {
+  readonly [A in Analysis]: (options: AnalyzeOptions<A>, ground: Ground) => Promise<Report | undefined>;
+} = { theory, dynamics, 'mass-shift': massShift, sensitivity, terms };
+
+/** Runs one analysis and writes its report; undefined where the signal ended it early. */
+export async function runAnalysis<A extends Analysis>(
+  name: A,
+  options: AnalyzeOptions<A>,
+  hooks: AnalysisHooks = {},
+): Promise<AnalysisOutcome | undefined> {
+  const { threads, device: wanted, model, output } = options as unknown as AnalyzeOptions<'theory'>;
+  applyThreads(threads);
+  const device = resolveDevice(wanted, hooks.onMessage);
+  let tokenizer: Promise<Tokenizer> | undefined;
+  const ground = {
+    device,
+    hooks,
+    tokenizer: () => {
+      tokenizer ??= loadTokenizer(model);
+      return tokenizer;
+    },
+  };
+  const report = await analysesByName[name](options, ground);
+  if (!report || hooks.signal?.aborted) return undefined;
+  return { page: await writeReport(output, report), findings: report.findings };
+}
