@@ -1,6 +1,6 @@
 // npm run test:gpu -- [stage...] [--device cuda] [--jobs N] [--results FOLDER] [--deadline SECONDS] [--list]
 // The GPU tests on this machine: exactly what a packed folder runs elsewhere (pack-gpu-tests.mjs), from this checkout.
-// With `bench` as the first argument the GPU benchmark (`npm run bench:gpu`). KEELGRAD_ADDON names another addon.
+// With `bench` as the first argument the GPU benchmark (`npm run bench:gpu`), into bench/results. KEELGRAD_ADDON names another addon.
 import { spawnSync } from 'node:child_process';
 import { join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -13,7 +13,9 @@ const args = bench || first === undefined ? rest : [first, ...rest];
 const app = join(root, 'build', 'gpu', 'app');
 const addon = resolve(root, process.env.KEELGRAD_ADDON ?? 'build/Release/keelgrad.node');
 const shared = resolve(root, process.env.KEELGRAD_SHARED ?? '../shared');
-const results = ['--results', join(root, 'build', 'gpu', 'results')];
+// Tables of real sizes are kept: they lie beside those of the CPU.
+const kept = bench && !args.includes('--tiny');
+const results = ['--results', kept ? join(root, 'bench', 'results') : join(root, 'build', 'gpu', 'results')];
 
 await packApp(app, { addon, recorded: false });
 const entry = join(app, bench ? 'bench/gpu/main.js' : 'test/gpu/runner/main.js');
