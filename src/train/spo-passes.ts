@@ -2,7 +2,7 @@
 // buffers; none knows the order of the others.
 import { DirectionSink } from '../autograd/direction-sinks.js';
 import type { SequenceParameter } from '../autograd/sequence-sinks.js';
-import { AccumulatingSink } from '../autograd/sinks.js';
+import { AccumulatingSink, type GradientBuffers } from '../autograd/sinks.js';
 import { differentiate } from '../autograd/tape.js';
 import { chosenSequences, packSequences, sequenceOf, uploadBatch } from '../data/packing.js';
 import type { PreferenceExample } from '../data/tokenize.js';
@@ -62,7 +62,7 @@ interface Scored {
   statistics: HeadStatistics;
 }
 
-/** Gradients for `second`: of L_SFT, for the lower level's first step. */
+/** Buffers for ∇L_SFT by name, for the lower level's first step and for measures. */
 type Second = ReadonlyMap<string, Tensor> | null;
 
 export interface SpoPassOptions {
@@ -196,11 +196,16 @@ export class SpoPasses {
   }
 
   /**
-   * As `shared`, recorded: the squared norms of the sequences' gradients, and their derivatives later. With `accumulate` off
-   * nothing is added to the buffers but those derivatives.
+   * As `shared`, recorded: the squared norms of the sequences' gradients, and their derivatives later, into buffers of their
+   * own where `regularizer` has some. With `accumulate` off nothing else is added to any buffer.
    */
-  recorded(part: Part, second: Second, accumulate: boolean): RecordedPass {
+  recorded(
+    part: Part,
+    second: Second,
+    options: { accumulate: boolean; regularizer?: ReadonlyMap<GroupName, GradientBuffers> },
+  ): RecordedPass {
     const { gradients } = this.trainable;
+    const { accumulate, regularizer } = options;
     const batch = this.batch(part.indices);
     const problem = this.problem(batch, part, { first: accumulate, second });
     const close = (): void => {
@@ -208,7 +213,7 @@ export class SpoPasses {
       batch.packed.layout.dispose();
     };
     try {
-      const sinks = both.flatMap((g) => gradients.get(g)!.sinks());
+      const sinks = both.flatMap((g) => (regularizer?.get(g) ?? gradients.get(g)!).sinks());
       const recorded = new RecordedGradients(problem, sinks);
       const dispose = (): void => {
         recorded.dispose();
@@ -280,7 +285,7 @@ export class SpoPasses {
         name,
         group,
         first: first ? buffer : null,
-        second: group === 'backbone' ? (second?.get(name) ?? null) : null,
+        second: second?.get(name) ?? null,
       })),
     );
   }

@@ -24,7 +24,8 @@ import { averageMetrics, quiet, total } from './batch-metrics.js';
 import type { Metrics } from './hooks.js';
 import { PreferenceObjective, type PreferenceSettings, type PreferenceStep } from './preference-objective.js';
 import type { PreferenceReference } from './reference.js';
-import { both, type MainPass, type Part, type SftTotals, SpoPasses } from './spo-passes.js';
+import { both, type MainPass, type Part, type SftTotals, SpoPasses, type SpoPassOptions } from './spo-passes.js';
+import { TermMeter } from './spo-terms.js';
 import { type GroupName, type StepInput, type StepMeasurement, type Task, type Trainable, tensorsOf } from './task.js';
 
 export type SpoTaskOptions = PreferenceSettings & {
@@ -45,6 +46,8 @@ export type SpoTaskOptions = PreferenceSettings & {
    * rounding, else the difference.
    */
   penaltyForm?: 'difference' | 'first-order';
+  /** Reports the norms of terms (c) and (e) as well, which cost a pass over the backbone and a buffer of its size. */
+  termNorms?: boolean;
 };
 
 /** Pairs that a recorded pass keeps in memory at a time: the derivatives of their norms need all of their activations. */
@@ -57,6 +60,7 @@ export class SpoTask implements Task {
   private readonly options: SpoTaskOptions;
   private readonly masters: () => ReadonlyMap<string, Tensor>;
   private readonly passes: SpoPasses;
+  private readonly passOptions: SpoPassOptions;
   /** Groups that the regularizer's norms run over. */
   private readonly normGroups: ReadonlySet<string>;
   private seenTokens = 0;
@@ -77,8 +81,9 @@ export class SpoTask implements Task {
     this.objective = new PreferenceObjective(trainable.model, examples, reference, options);
     this.options = options;
     this.masters = masters;
-    const penalizeAdapters = options.lowerSteps > 0 && !this.firstOrder;
-    this.passes = new SpoPasses(trainable, examples, this.objective, { ...options, penalizeAdapters });
+    const { lambda, sftReduction } = options;
+    this.passOptions = { lambda, sftReduction, penalizeAdapters: options.lowerSteps > 0 && !this.firstOrder };
+    this.passes = new SpoPasses(trainable, examples, this.objective, this.passOptions);
     this.normGroups = new Set(options.normOver === 'all' ? both : [options.normOver]);
     if (options.gamma > 0 && [...this.normGroups].every((g) => !trainable.gradients.get(g as GroupName)?.buffers.size))
       throw new KeelgradError(
@@ -133,17 +138,42 @@ export class SpoTask implements Task {
     totals: SftTotals,
     done: Outcome,
   ): Promise<void> {
+    if (this.options.lowerSteps === 0) return this.mainPasses(parts, null, null, done);
     const { model } = this.trainable;
-    const { lowerSteps } = this.options;
-    using first = lowerSteps > 0 ? new Disposable(new GradientBuffers(model.backbone)) : null;
-    first?.of.zero();
-    const second = first?.of.buffers ?? null;
+    using theta = new Disposable(new GradientBuffers(model.backbone));
+    using phi = new Disposable(new GradientBuffers(model.adapters));
+    for (const buffers of [theta.of, phi.of]) buffers.zero();
+    const second = new Map([...theta.of.buffers, ...phi.of.buffers]);
+    const meter = new TermMeter(
+      this.trainable,
+      { ...this.passOptions, all: this.options.termNorms ?? false },
+      this.recording,
+    );
+    try {
+      await this.mainPasses(parts, second, meter, done);
+      meter.finishMain(second);
+      const gradient = theta.of.buffers;
+      if (this.firstOrder) scope(() => this.penaltyToFirstOrder(gradient, microBatches, totals, done));
+      else scope(() => this.lowerLevelFrom(gradient, microBatches, totals, done));
+      meter.finishStep();
+      done.terms = quiet(meter.metrics().finally(() => meter.dispose()));
+    } catch (error) {
+      meter.dispose();
+      throw error;
+    }
+  }
+
+  private async mainPasses(
+    parts: readonly Part[],
+    second: ReadonlyMap<string, Tensor> | null,
+    meter: TermMeter | null,
+    done: Outcome,
+  ): Promise<void> {
     for (const part of parts) {
-      if (this.recording) await this.regularized(part, second, true, done);
+      if (this.recording)
+        await this.regularized(part, second, { accumulate: true, regularizer: meter?.regularizer }, done);
       else done.add(scope(() => this.passes.shared(part, second)));
     }
-    if (second && this.firstOrder) scope(() => this.penaltyToFirstOrder(second, microBatches, totals, done));
-    else if (second) scope(() => this.lowerLevelFrom(second, microBatches, totals, done));
   }
 
   /** The order of Algorithm 1: θ̂ and L*_SFT first, then one pass a part with the whole cotangent. */
@@ -156,7 +186,7 @@ export class SpoTask implements Task {
     const { lowerSteps, lambda } = this.options;
     if (lowerSteps > 0 || lambda > 0) scope(() => this.lowerLevel(microBatches, totals, done));
     for (const part of parts) done.add(scope(() => this.passes.plain(part)));
-    if (this.recording) for (const part of parts) await this.regularized(part, null, false, done);
+    if (this.recording) for (const part of parts) await this.regularized(part, null, { accumulate: false }, done);
   }
 
   /** Whether the main pass is recorded, for exact derivatives of norms. */
@@ -260,12 +290,12 @@ export class SpoTask implements Task {
   private async regularized(
     part: Part,
     second: ReadonlyMap<string, Tensor> | null,
-    accumulate: boolean,
+    options: Parameters<SpoPasses['recorded']>[2],
     done: Outcome,
   ): Promise<void> {
-    const pass = scope(() => this.passes.recorded(part, second, accumulate));
+    const pass = scope(() => this.passes.recorded(part, second, options));
     try {
-      if (accumulate) done.add(pass);
+      if (options.accumulate) done.add(pass);
       else for (const t of [pass.dpo, pass.sft]) t.dispose();
       const groups = [...pass.recorded.squaredNorms].filter(([group]) => this.normGroups.has(group));
       const squares = await Promise.all(groups.map(([, t]) => t.data()));
@@ -340,22 +370,24 @@ export class SpoTask implements Task {
     const sums = Promise.all([total(dpo), total(sft), total(starOf), gap ? total([gap]) : 0]);
     const parts = Promise.all(done.measured);
     const regularizer = gamma > 0 ? done.regularizerMetrics() : { 'spo/regularizer': 0 };
-    return Promise.all([sums, step.metrics, parts]).then(([[dpoValue, sftValue, star, gapValue], ofStep, measured]) => {
+    return Promise.all([sums, step.metrics, parts, done.terms]).then(([values, ofStep, measured, terms]) => {
+      const [dpoValue, sftValue, star, gapValue] = values;
       const sftStar = star - gapValue;
-      const values = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer['spo/regularizer'] };
+      const parts = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer['spo/regularizer'] };
       let at = 0;
       const byMicroBatch = chunks.map((c) => {
         at += c.length;
         return averageMetrics(measured.slice(at - c.length, at));
       });
       return {
-        loss: spoObjective(values, { lambda, gamma }),
+        loss: spoObjective(parts, { lambda, gamma }),
         'spo/dpo': dpoValue,
         'spo/sft': sftValue,
         'spo/sft_star': sftStar,
         'spo/sft_gap': gap ? gapValue : sftValue - sftStar,
         'spo/first_order': Number(this.firstOrder),
         ...regularizer,
+        ...terms,
         ...averageMetrics(byMicroBatch),
         ...ofStep,
         num_tokens: seen,
@@ -371,6 +403,8 @@ class Outcome {
   readonly optimum: Tensor[] = [];
   /** L_SFT(θ) - L_SFT(θ_K) where it was found to first order. */
   gap: Tensor | null = null;
+  /** Norms of the terms of the gradient. */
+  terms: Promise<Record<string, number>> = Promise.resolve({});
   readonly measured: Promise<Record<string, number>>[] = [];
   tokens = 0;
   /** Norms of chosen and rejected gradients, and the same as R compares them. */

@@ -164,6 +164,14 @@ describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
   it.each(settings)('%s %s: the norms of the terms (a) to (e)', async (name, setting) => {
     const golden = settingOf(name, setting);
     const options = optionsOf(golden);
+    const measured = (await evaluate(name, 'float64', { ...options, termNorms: true })).metrics;
+    if (options.lambda > 0 || options.gamma > 0)
+      for (const [term, value] of Object.entries(golden.term_norms as Record<string, number>)) {
+        if (options.gamma === 0 && term.startsWith('e')) continue;
+        expect(byMax1(measured[`spo/term_${term}`], value), `measured ${term}`).toBeLessThan(1e-10);
+        const whole = golden.grad_norms[['a', 'b', 'e_phi'].includes(term) ? 'phi' : 'theta'];
+        expect(byMax1(measured[`spo/share_${term}`], value / whole), `share of ${term}`).toBeLessThan(1e-10);
+      }
     const plain = (await evaluate(name, 'float64', { ...options, lambda: 0, gamma: 0 })).gradient;
     const penalized = (await evaluate(name, 'float64', { ...options, gamma: 0 })).gradient;
     const whole = (await evaluate(name, 'float64', options)).gradient;
