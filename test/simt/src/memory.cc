@@ -24,6 +24,8 @@ constexpr int kUnknown = 0xff;        // NaN as float, bfloat16 and double; -1 a
 constexpr size_t kRange = size_t{128} << 30;
 constexpr size_t kRemembered = 1024;  // freed allocations that messages still know
 
+// Between allocations lies a file of no bytes: whoever goes there gets SIGBUS whatever the rights, so that one call can
+// change the rights of all device memory.
 struct Allocation {
   char *region, *begin, *end, *regionEnd;  // region: whole pages; [begin, end): what was asked for
   size_t serial;
@@ -46,14 +48,19 @@ Device& device() {
   return d;
 }
 
+int emptyFile() {
+  static const int file = memfd_create("keelgrad-simt-nothing", MFD_CLOEXEC);
+  return file;
+}
+
 void reserveRange(Device& d) {
-  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  int flags = MAP_SHARED | MAP_NORESERVE;
   void* wanted = nullptr;
   if (kRaceDetector) {  // the race detector knows a few ranges only
     wanted = reinterpret_cast<void*>(uint64_t{64} << 30);
     flags |= MAP_FIXED_NOREPLACE;
   }
-  void* memory = mmap(wanted, kRange, PROT_NONE, flags, -1, 0);
+  void* memory = mmap(wanted, kRange, PROT_NONE, flags, emptyFile(), 0);
   if (memory == MAP_FAILED) finding("no address space for device memory");
   d.base = static_cast<char*>(memory);
   d.next = d.base + kGap;
@@ -76,8 +83,23 @@ char* place(Device& d, size_t bytes) {
   }
 }
 
-void setRights(const Allocation& a, bool accessible) {
-  mprotect(a.region, static_cast<size_t>(a.regionEnd - a.region), accessible ? PROT_READ | PROT_WRITE : PROT_NONE);
+constexpr int kOpen = PROT_READ | PROT_WRITE;
+
+void populate(const Allocation& a) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(a.region, static_cast<size_t>(a.regionEnd - a.region), kOpen, flags, -1, 0) == MAP_FAILED)
+    finding("the host has no memory for an allocation of the device");
+}
+
+void abandon(Device& d, const Allocation& a) {
+  mmap(a.region, static_cast<size_t>(a.regionEnd - a.region), PROT_NONE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
+       emptyFile(), a.region - d.base);
+}
+
+void setAllRights(const Device& d, int rights) {
+  if (d.live.empty()) return;
+  char* from = d.live.begin()->second.region;
+  mprotect(from, static_cast<size_t>(d.live.rbegin()->second.regionEnd - from), rights);
 }
 
 // The live allocation whose region holds `at`, or the nearest below it.
@@ -109,12 +131,12 @@ void* allocateDevice(size_t bytes) {
   if (!region) return nullptr;
   char* begin = region + pages - padded;  // the end against the gap
   const Allocation a{region, begin, begin + bytes, region + pages, d.serial++};
-  setRights(a, true);
+  populate(a);
   unpoison(region, pages);
   fill(region, kUnknown, pages);
   poison(region, static_cast<size_t>(begin - region));
   poison(a.end, static_cast<size_t>(a.regionEnd - a.end));
-  if (settings().protect && d.open == 0) setRights(a, false);
+  if (settings().protect && d.open == 0) mprotect(region, pages, PROT_NONE);
   d.live.emplace(region, a);
   d.next = a.regionEnd + kGap;
   d.inUse += bytes;
@@ -128,8 +150,7 @@ bool freeDevice(void* memory) {
   if (!found || found->begin != memory) return false;
   const Allocation a = *found;
   d.live.erase(a.region);
-  setRights(a, false);
-  madvise(a.region, static_cast<size_t>(a.regionEnd - a.region), MADV_DONTNEED);
+  abandon(d, a);
   poison(a.region, static_cast<size_t>(a.regionEnd - a.region));
   d.inUse -= static_cast<size_t>(a.end - a.begin);
   d.freed.push_back(a);
@@ -225,8 +246,7 @@ void DeviceAccess::open() {
   open_ = true;
   Device& d = device();
   std::lock_guard<std::mutex> lock(d.mutex);
-  if (d.open++ == 0 && settings().protect)
-    for (const auto& entry : d.live) setRights(entry.second, true);
+  if (d.open++ == 0 && settings().protect) setAllRights(d, kOpen);
 }
 
 void DeviceAccess::close() {
@@ -234,8 +254,7 @@ void DeviceAccess::close() {
   open_ = false;
   Device& d = device();
   std::lock_guard<std::mutex> lock(d.mutex);
-  if (--d.open == 0 && settings().protect)
-    for (const auto& entry : d.live) setRights(entry.second, false);
+  if (--d.open == 0 && settings().protect) setAllRights(d, PROT_NONE);
 }
 
 }  // namespace simt

@@ -16,7 +16,7 @@
 struct CUstream_st {
   bool blocking = true;  // waits for the default stream
   std::deque<simt::Work> queue;
-  uint64_t enqueued = 0, done = 0;
+  uint64_t enqueued = 0, done = 0, polled = 0;
   bool capturing = false;
   std::vector<simt::Work> captured;
 };
@@ -35,7 +35,7 @@ namespace simt {
 struct Mark {
   cudaStream_t stream;
   uint64_t position;
-  bool done = false;
+  bool done = false, polled = false;
   std::chrono::steady_clock::time_point time;
 };
 
@@ -245,18 +245,21 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return simt::synchronizeStream(stream) ? cudaSuccess : setError(cudaErrorInvalidResourceHandle);
 }
-// Whoever polls gets one step further each time.
+// Whoever polls hears "not ready" first, and has waited with the second call.
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   cudaStream_t stream = simt::resolve(handle);
   if (!isStream(stream)) return setError(cudaErrorInvalidResourceHandle);
-  uint64_t next = 0;
+  uint64_t position = 0;
   {
     Lock lock(queues().state);
-    if (stream->done == stream->enqueued) return cudaSuccess;
-    next = stream->done + 1;
+    position = stream->enqueued;
+    if (stream->done == position) return cudaSuccess;
+    const bool first = stream->polled != position;
+    stream->polled = position;
+    if (first) return cudaErrorNotReady;
   }
-  simt::runUpTo(stream, next);
-  return cudaErrorNotReady;
+  simt::runUpTo(stream, position);
+  return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
   simt::synchronizeDevice();
@@ -309,8 +312,14 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (!isEvent(event)) return setError(cudaErrorInvalidResourceHandle);
   auto mark = markOf(event);
   if (!mark || simt::isDone(*mark)) return cudaSuccess;
-  cudaStreamQuery(mark->stream);
-  return cudaErrorNotReady;
+  {
+    Lock lock(queues().state);
+    const bool first = !mark->polled;
+    mark->polled = true;
+    if (first) return cudaErrorNotReady;
+  }
+  simt::runUpTo(mark->stream, mark->position);
+  return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
   if (!isEvent(start) || !isEvent(end)) return setError(cudaErrorInvalidResourceHandle);
