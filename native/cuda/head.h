@@ -110,6 +110,16 @@ struct ChunkRow {
       KG_UNROLL for (int k = 0; k < kPack<C>; k++) v[i + k] = p.v[k];
     }
   }
+  // Rounded to T; the last pack is filled up with zeros.
+  template <class T>
+  KG_DEVICE void write(T* row, int columns) const {
+    KG_UNROLL for (int i = 0; i < kPerThread; i += kPack<C>) {
+      if (column(i) >= columns) break;
+      Wide<C, kPack<C>> wide;
+      KG_UNROLL for (int k = 0; k < kPack<C>; k++) wide.v[k] = column(i) + k < columns ? v[i + k] : C(0);
+      storePack<T, kPack<C>>(row + column(i), narrow<T>(wide));
+    }
+  }
   // f(element, column within the block)
   template <class F>
   KG_DEVICE void forEach(int columns, F f) {

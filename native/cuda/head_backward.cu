@@ -100,18 +100,6 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kHeadThreads)
 // ---- gradients of logits
 // ----------------------------------------------------------------------------------------------
 
-// Writes a row of T over the row of C that was read from the same place (by all threads, before any writes).
-template <class T, class C>
-KG_DEVICE void writeRow(T* out, const ChunkRow<C>& row, int columns) {
-  KG_UNROLL for (int i = 0; i < kPerThread; i += kPack<C>) {
-    const int column = ChunkRow<C>::column(i);
-    if (column >= columns) break;
-    Wide<C, kPack<C>> wide;
-    KG_UNROLL for (int k = 0; k < kPack<C>; k++) wide.v[k] = column + k < columns ? row.v[i + k] : C(0);
-    storePack<T, kPack<C>>(out + column, narrow<T>(wide));
-  }
-}
-
 // dlogits = sum over the row's targets of g (onehot - softmax), a block a row. No target: zeros, whatever the logits.
 template <class T>
 KG_GLOBAL void KG_LAUNCH_BOUNDS(kHeadThreads) dlogitsKernel(Backward<T> p, LogitsBlock block) {
@@ -129,8 +117,8 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kHeadThreads) dlogitsKernel(Backward<T> p, Logit
     if (!block.hasColumn(id) || !ChunkRow<C>::owns(column)) continue;
     l.forEach(block.columns, [&](C& v, int at) { v += at == column ? p.g[n] : C(0); });
   }
-  syncThreads();
-  writeRow(reinterpret_cast<T*>(logits), l, block.columns);
+  syncThreads();  // all have read the row that is written over
+  l.write(reinterpret_cast<T*>(logits), block.columns);
 }
 
 // out[n] (+)= values[n], rounding once.
