@@ -1,4 +1,4 @@
-// The tape: what was computed from what, and how cotangents flow back. The whole engine is on this page.
+// The tape: what was computed from what. How cotangents flow back over it is on the next page, pull-back.ts.
 //
 // A transform (grad, vjp, ...) opens a level. Its inputs become leaves whose mask has the level's bit; an op with a leaf
 // behind it records a node whose mask is the union of its inputs' masks. Backward is made of ordinary ops, so with an outer
@@ -7,13 +7,11 @@
 //
 // A node is owned by the lowest level of its mask, which ends last; saved tensors go as soon as that level's
 // backward has passed them, or when the level closes.
-import { KeelgradError } from '../errors.js';
 import type { SequenceStreams } from '../ops/streams.js';
-import { inBackwardOf } from '../tensor/out-of-memory.js';
-import { detachFromScope, owned } from '../tensor/scope.js';
-import { sameShape } from '../tensor/shape.js';
+import { detachFromScope } from '../tensor/scope.js';
 import type { Storage } from '../tensor/storage.js';
 import type { TapeNode, Tensor } from '../tensor/tensor.js';
+import { pullBack } from './pull-back.js';
 
 /**
  * A gradient that has not been multiplied out: `materialize()` gives the tensor. A leaf with a sink receives the
@@ -81,7 +79,7 @@ interface Saved {
   output: number;
 }
 
-class Node implements TapeNode {
+export class Node implements TapeNode {
   readonly sequence = ++sequence;
   readonly op: string;
   /** Loses a level's bit when that level closes: the number will mean another transform then. */
@@ -131,7 +129,7 @@ let recordMask = 0;
 let forbidden = 0;
 const tapes: Node[][] = [];
 
-const lowestLevel = (mask: number): number => 31 - Math.clz32(mask & -mask);
+export const lowestLevel = (mask: number): number => 31 - Math.clz32(mask & -mask);
 
 /** The union of the masks of `inputs` that is being recorded now; 0 when nothing is. */
 export function trackedMask(inputs: readonly (Tensor | null | undefined)[]): number {
@@ -204,7 +202,8 @@ export function forbidCaptured<T>(f: () => T): T {
   return withMasks(0, forbidden | recordMask, f);
 }
 
-function useSaved(node: Node): Tensor[] {
+/** The saved tensors of a node, as they were. */
+export function useSaved(node: Node): Tensor[] {
   return node.saved.map((s) => {
     if (s.storage.version !== s.version)
       throw new Error(
@@ -242,6 +241,7 @@ let ops: TapeOps;
 export function defineTapeOps(given: TapeOps): void {
   ops = given;
 }
+export const tapeOps = (): TapeOps => ops;
 
 /**
  * Runs `f` on tracked aliases of `inputs` and pulls cotangents back. `outputs` picks from f's result the tensors to start
@@ -387,176 +387,4 @@ function closeLevel(level: number, before: number): void {
   }
   for (const outer of tapes)
     for (let i = outer.length - 1; i >= 0 && outer[i].sequence > before; i--) outer[i].mask &= ~(1 << level);
-}
-
-/** The nodes behind `starts` that depend on the leaves, latest first; does not look behind the leaves. */
-function reachable(starts: readonly Node[], leaves: ReadonlySet<Node>, bit: number): Node[] {
-  const seen = new Set<Node>();
-  const stack = [...starts];
-  while (stack.length > 0) {
-    const node = stack.pop()!;
-    if (seen.has(node) || leaves.has(node)) continue;
-    seen.add(node);
-    for (const parent of node.parents) if (parent && parent.mask & bit) stack.push(parent);
-  }
-  return [...seen].sort((a, b) => b.sequence - a.sequence);
-}
-
-function pullBack(
-  level: number,
-  leaves: readonly Node[],
-  starts: readonly Start[],
-  streams: SequenceStreams | null,
-): (Tensor | null)[] {
-  const bit = 1 << level;
-  const pending = new Map<Node, (Tensor | null)[]>();
-  const roots: Node[] = [];
-  for (const { tensor, cotangent } of starts) {
-    const node = tensor.node as Node | null;
-    if (!node || !(node.mask & bit)) continue;
-    roots.push(node);
-    const [own] = owned(() => [cotangent.alias()]);
-    accumulate(pending, node, tensor.output, own);
-  }
-  try {
-    for (const node of reachable(roots, new Set(leaves), bit)) {
-      const cotangents = pending.get(node);
-      pending.delete(node);
-      if (cotangents) step(node, bit, cotangents, pending, streams);
-      if (lowestLevel(node.mask) === level) node.release();
-    }
-  } catch (error) {
-    for (const slots of pending.values()) disposeAll(slots);
-    throw error;
-  }
-  return leaves.map((leaf) => {
-    const gradient = pending.get(leaf)?.[0] ?? null;
-    if (!gradient) return null;
-    const given = gradient.alias();
-    gradient.dispose();
-    return given;
-  });
-}
-
-const disposeAll = (tensors: readonly (Tensor | null)[]): void => {
-  for (const t of tensors) t?.dispose();
-};
-
-/** One node's backward: its cotangents go, those of its parents come. */
-function step(
-  node: Node,
-  bit: number,
-  cotangents: (Tensor | null)[],
-  pending: Map<Node, (Tensor | null)[]>,
-  streams: SequenceStreams | null,
-): void {
-  let results: readonly (Tensor | null)[];
-  try {
-    results = runBackward(node, bit, cotangents, streams);
-  } finally {
-    disposeAll(cotangents);
-  }
-  try {
-    results.forEach((value, i) => {
-      if (value) deliver(node, i, value, pending);
-    });
-  } catch (error) {
-    disposeAll(results);
-    throw error;
-  }
-}
-
-/** Cotangents of a node's parents, owned; null where none is needed or a sink took the contribution. */
-function runBackward(
-  node: Node,
-  bit: number,
-  cotangents: readonly (Tensor | null)[],
-  streams: SequenceStreams | null,
-): readonly (Tensor | null)[] {
-  if (streams && !node.streamed)
-    throw new KeelgradError(
-      `[${node.op}] has no rule that keeps the gradients of sequences apart, as their norms need; leave the regularizer out (gamma 0), or use an op that has one`,
-    );
-  const needs = node.parents.map((p) => p !== null && (p.mask & bit) !== 0);
-  const sunk: { parent: Node; contribution: Contribution }[] = [];
-  return owned(() => {
-    const saved = useSaved(node);
-    const differentiable = trackedMask([...saved, ...cotangents]) !== 0;
-    const context: BackwardContext = {
-      cotangents: Array.from({ length: node.outputs }, (_, i) => cotangents[i] ?? null),
-      get g(): Tensor {
-        const first = cotangents[0];
-        if (!first) throw new Error(`[${node.op}] backward was reached without a cotangent`);
-        return first;
-      },
-      saved,
-      needs,
-      differentiable,
-      buffer: (i) => (differentiable ? null : (node.parents[i]?.sink?.buffer ?? null)),
-      streams,
-      shares: (i) => node.parents[i]?.sink?.shares ?? null,
-    };
-    const given = inBackwardOf(node.op, () => node.backward(context));
-    const tensors = node.parents.map((parent, i): Tensor | null => {
-      const value = given[i];
-      if (!needs[i] || !parent || !value) return null;
-      if (!isContribution(value)) return settle(value, node.inputShapes[i], node.inputDTypes[i], streams);
-      if (parent.sink && (!differentiable || parent.sink.differentiable)) {
-        sunk.push({ parent, contribution: value });
-        return null;
-      }
-      return settle(value.materialize(), node.inputShapes[i], node.inputDTypes[i], streams);
-    });
-    for (const { parent, contribution } of sunk) parent.sink!.accept(contribution);
-    return tensors;
-  });
-}
-
-/** Hands an owned cotangent to the parent's sink, or keeps it for the parent's own backward. */
-function deliver(node: Node, input: number, value: Tensor, pending: Map<Node, (Tensor | null)[]>): void {
-  const parent = node.parents[input];
-  if (!parent) return;
-  const { sink } = parent;
-  if (sink && (value.node === null || sink.differentiable)) {
-    owned(() => {
-      sink.accept(value);
-      return [];
-    });
-    value.dispose();
-  } else accumulate(pending, parent, node.parentOutputs[input], value);
-}
-
-const isContribution = (value: Tensor | Contribution): value is Contribution => 'materialize' in value;
-
-/** Undoes broadcasting and promotion, once, for every rule. With streams, rows are the rule's own business. */
-function settle(
-  value: Tensor,
-  shape: readonly number[],
-  dtype: Tensor['dtype'],
-  streams: SequenceStreams | null,
-): Tensor {
-  const expected = streams && value.ndim === shape.length ? [value.shape[0], ...shape.slice(1)] : shape;
-  const summed = sameShape(value.shape, expected) ? value : ops.sumTo(value, expected);
-  return summed.dtype === dtype ? summed : ops.cast(summed, dtype);
-}
-
-/** Adds an owned cotangent to what is pending for one output of a node. */
-function accumulate(pending: Map<Node, (Tensor | null)[]>, node: Node, output: number, value: Tensor): void {
-  let slots = pending.get(node);
-  if (!slots) {
-    slots = [];
-    pending.set(node, slots);
-  }
-  const present = slots[output];
-  if (!present) {
-    slots[output] = value;
-    return;
-  }
-  if (present.node === null && value.node === null && present.storage.exclusive && present.contiguous) {
-    ops.addInPlace(present, value);
-  } else {
-    [slots[output]] = owned(() => [ops.add(present, value)]);
-    present.dispose();
-  }
-  value.dispose();
 }
