@@ -43,6 +43,8 @@ const char* idsOf(int32_t kernel) {
       return "positions";
     case KernelId::vocabHead:
     case KernelId::vocabHeadBackward:
+    case KernelId::vocabHeadSequences:
+    case KernelId::vocabHeadTangent:
       return "targetId";
     case KernelId::rmsNormTangent:
       return "rowSequence";
@@ -54,6 +56,11 @@ const char* idsOf(int32_t kernel) {
 const char* rowsOf(int32_t kernel) {
   const auto id = static_cast<KernelId>(kernel);
   return id == KernelId::vocabHead || id == KernelId::vocabHeadBackward ? "targetRow" : "rowMap";
+}
+
+bool bySequence(int32_t kernel) {
+  const auto id = static_cast<KernelId>(kernel);
+  return id == KernelId::vocabHeadSequences || id == KernelId::vocabHeadTangent;
 }
 
 std::string outOfRange(const char* name, const FaultSlot& slot) {
@@ -72,8 +79,11 @@ std::string faultText(const FaultSlot& slot) {
     case FaultKind::RowMapOutOfRange:
       return outOfRange("rowMap", slot);
     case FaultKind::ProbeOutOfRange:
-      return outOfRange("probes", slot);
+      return outOfRange(bySequence(slot.kernel) ? "probeIds" : "probes", slot);
     case FaultKind::BadSegments:
+      if (bySequence(slot.kernel))
+        return "expected sequences that cover the rows in order, each with its probes; found another at sequence " +
+               std::to_string(slot.values[0]);
       return "expected segments that cover the rows in order, each with parent -1 or an earlier segment that has no "
              "parent; found another at segment " +
              std::to_string(slot.values[0]);
