@@ -18,9 +18,8 @@ let standard: Device = 'cpu';
 /** Where tensors and models are made that name no device. */
 export const defaultDevice = (): Device => standard;
 
-/** Sets the default device; throws where it is not available. */
+/** Sets the default device. It is opened at its first use, and that throws where it is not available. */
 export function setDefaultDevice(device: Device): void {
-  streamOf(device);
   standard = canonicalDevice(device);
 }
 
@@ -110,6 +109,11 @@ export class Storage {
   /** Copies bytes of a mapped file here, to the start; without a copy on the host in between. Returns at once. */
   readFrom(file: Storage, byteOffset: number, bytes: number): void {
     addon().uploadMapped(this.stream, this.handle, 0, file.stream, file.handle, byteOffset, bytes);
+  }
+
+  /** Fills this storage from one of another device, from a byte offset on. Returns at once. */
+  copyFrom(source: Storage, byteOffset: number): void {
+    addon().transfer(this.stream, this.handle, source.stream, source.handle, byteOffset);
   }
 
   get live(): boolean {
