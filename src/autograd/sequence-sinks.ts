@@ -4,7 +4,7 @@
 import { launch } from '../native/launch.js';
 import { rowsOf } from '../ops/backward.js';
 import { add, mul, square } from '../ops/elementwise.js';
-import { embeddingSquares } from '../ops/embedding-squares.js';
+import { embeddingProducts } from '../ops/embedding-squares.js';
 import type { HeadContribution } from '../ops/head-backward.js';
 import {
   cast,
@@ -14,6 +14,7 @@ import {
   type LookupContribution,
   reshape,
   scatterRows,
+  slice,
   transpose,
   zeros,
 } from '../ops/movement.js';
@@ -22,6 +23,7 @@ import { sum } from '../ops/reduce.js';
 import {
   formsGradients,
   gradientInto,
+  innerByRows,
   SequenceFactors,
   sequenceSquares,
   squaresByRows,
@@ -46,6 +48,8 @@ export interface SequencePassOptions {
   squares: boolean;
   /** The second gradient takes the sequences [0, secondCount) alone. */
   secondCount: number;
+  /** The inner product of the gradients of two sequences as well: the streams hold no others, together. */
+  inner?: boolean;
 }
 
 type Known = LinearContribution | VectorContribution | LookupContribution | HeadContribution;
@@ -65,6 +69,8 @@ export class SequencePass {
   readonly factors: SequenceFactors;
   /** `[S]` terms of the squared norms by group, on the tape where the pass is recorded. */
   readonly terms: { readonly group: string; readonly tensor: Tensor }[] = [];
+  /** Terms of the inner product of the two sequences' gradients, float64 `[1]`, by group. */
+  readonly innerTerms: { readonly group: string; readonly tensor: Tensor }[] = [];
   private readonly kept: Tensor[] = [];
   private readonly coefficients = new Map<string, Coefficients>();
 
@@ -117,6 +123,11 @@ export class SequencePass {
     this.terms.push({ group, tensor: this.keep(tensor) });
   }
 
+  addInner(group: string, tensor: Tensor): void {
+    if (!this.options.inner) return;
+    this.innerTerms.push({ group, tensor: this.keep(reshape(cast(tensor.detach(), 'float64'), [1])) });
+  }
+
   /** After the backward pass, while outer transforms still record: parameters with several kinds of contributions. */
   finish(): void {
     scope(() => {
@@ -126,13 +137,12 @@ export class SequencePass {
 
   /** Squared norms of the gradients by group: float64 `[S]` each. */
   squaredNorms(): Map<string, Tensor> {
-    const totals = new Map<string, Tensor>();
-    for (const { group, tensor } of this.terms) {
-      const before = totals.get(group);
-      const term = cast(tensor.detach(), 'float64');
-      totals.set(group, before ? add(before, term) : term);
-    }
-    return totals;
+    return totalsOf(this.terms);
+  }
+
+  /** Inner products of the two sequences' gradients by group: float64 `[1]` each; empty where not asked for. */
+  innerProducts(): Map<string, Tensor> {
+    return totalsOf(this.innerTerms);
   }
 
   dispose(): void {
@@ -140,6 +150,17 @@ export class SequencePass {
     for (const t of this.kept) t.dispose();
     this.kept.length = 0;
   }
+}
+
+/** Sums by group, in float64. */
+function totalsOf(terms: SequencePass['terms']): Map<string, Tensor> {
+  const totals = new Map<string, Tensor>();
+  for (const { group, tensor } of terms) {
+    const before = totals.get(group);
+    const term = cast(tensor.detach(), 'float64');
+    totals.set(group, before ? add(before, term) : term);
+  }
+  return totals;
 }
 
 const bytes = (t: Tensor): number => (t.dtype === 'float64' ? 8 : 4);
@@ -215,15 +236,20 @@ export class SequenceSink implements GradientSink {
     const { first, second } = this.parameter;
     const wide = accumulationDType(x.dtype);
     const rows = factors.rowsOf(x);
-    const gradient = emptyLike(x, [g.shape[1], x.shape[1]], wide);
+    const fresh = (): Tensor => emptyLike(x, [g.shape[1], x.shape[1]], wide);
+    const { inner } = this.pass.options;
+    const gradients = inner ? [fresh(), fresh()] : [fresh()];
     const sums = zeros([factors.spans.length, 2], { dtype: 'float64', device: x.device });
     const coefficients = scale === 1 ? given.bySequence : mul(given.bySequence, scale);
     for (const [s, { start, length }] of factors.spans.entries()) {
+      const gradient = gradients[s % gradients.length];
       gradientInto(gradient, rowsOf(g, start, length), rowsOf(rows, start, length));
       const pair = (t: Tensor): Tensor => reshape(rowsOf(t, s, 1), [2]);
       const into = s < this.pass.options.secondCount ? second : null;
-      launch('shareGradient', [pair(sums), first, into, gradient, null, pair(coefficients)]);
+      const other = inner && s === 1 ? gradients[0] : null;
+      launch('shareGradient', [pair(sums), first, into, gradient, other, pair(coefficients)]);
     }
+    if (inner) this.pass.addInner(this.parameter.group, mul(slice(reshape(sums, [-1]), 0, 3, 4), scale * scale));
     for (const t of [first, second]) if (t) t.storage.version++;
     return cast(contiguous(sums.view([factors.spans.length], [2])), wide);
   }
@@ -241,6 +267,7 @@ export class SequenceSink implements GradientSink {
       const part = (t: Tensor): Tensor => rowsOf(t, 0, secondRows);
       addProduct(second, mul(part(g), part(this.given.byRow[1])), part(factors.rowsOf(x)), scale);
     }
+    if (options.inner) this.pass.addInner(this.parameter.group, mul(innerByRows(factors, x, g), scale * scale));
     return options.squares ? squaresByRows(factors, x, g) : null;
   }
 
@@ -258,6 +285,10 @@ export class SequenceSink implements GradientSink {
       matmulInto(row, weights, source, { accumulate: true });
     });
     if (options.squares) this.pass.addSquares(group, sum(square(bySequence), { axes: 1 }));
+    if (options.inner) {
+      const rows = bySequence.detach();
+      this.pass.addInner(group, sum(mul(rowsOf(rows, 0, 1), rowsOf(rows, 1, 1))));
+    }
   }
 
   // ---- embedding and head -------------------------------------------------------------------------------------------
@@ -293,7 +324,9 @@ export class SequenceSink implements GradientSink {
 
   finish(): void {
     if (!this.embedding) return;
-    this.pass.addSquares(this.parameter.group, embeddingSquares(this.embedding, this.pass.streams));
+    const { squares, inner } = embeddingProducts(this.embedding, this.pass.streams);
+    this.pass.addSquares(this.parameter.group, squares);
+    if (inner) this.pass.addInner(this.parameter.group, inner);
   }
 }
 

@@ -58,13 +58,16 @@ export class RecordedGradients<R extends ScoredTargets> {
   readonly result: R;
   /** float64 `[S]` by group, owned by this. */
   readonly squaredNorms: ReadonlyMap<string, Tensor>;
+  /** float64 `[1]` by group: the inner product of the two sequences' gradients, where their streams hold them together. */
+  readonly innerProducts: ReadonlyMap<string, Tensor>;
   private readonly pass: SequencePass;
   private readonly suspended: ReturnType<typeof suspend<R>>;
 
   /** @param sinks of the variables, for the gradients of norms */
   constructor(problem: SequenceProblem<R>, sinks: readonly (GradientSink | null)[]) {
     const { streams, parameters, secondCount, variables } = problem;
-    this.pass = new SequencePass(streams, parameters, { squares: true, secondCount });
+    const inner = streams.headGroups.some((g) => g.count > 1);
+    this.pass = new SequencePass(streams, parameters, { squares: true, secondCount, inner });
     try {
       this.suspended = suspend(
         variables,
@@ -76,8 +79,10 @@ export class RecordedGradients<R extends ScoredTargets> {
         { sinks },
       );
       this.result = this.suspended.result;
-      const norms = scope(() => this.pass.squaredNorms());
-      this.squaredNorms = new Map([...norms].map(([group, t]) => [group, this.pass.keep(t)]));
+      const kept = (totals: Map<string, Tensor>): Map<string, Tensor> =>
+        new Map([...totals].map(([group, t]) => [group, this.pass.keep(t)]));
+      this.squaredNorms = kept(scope(() => this.pass.squaredNorms()));
+      this.innerProducts = kept(scope(() => this.pass.innerProducts()));
     } catch (error) {
       this.pass.dispose();
       throw error;

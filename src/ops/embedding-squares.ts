@@ -10,35 +10,80 @@ import { type HeadContribution, squareOf } from './head-backward.js';
 import { cast, type LookupContribution, slice, stack, transpose, unsqueeze } from './movement.js';
 import { matmul } from './product.js';
 import { sum } from './reduce.js';
-import type { SequenceStreams } from './streams.js';
+import type { HeadGroup, SequenceStreams, Span } from './streams.js';
 
 export interface EmbeddingGradient {
   readonly head: HeadContribution | null;
   readonly lookup: LookupContribution | null;
 }
 
-/** `[S]` in the accumulation dtype. */
-export function embeddingSquares({ head, lookup }: EmbeddingGradient, streams: SequenceStreams): Tensor {
+export interface EmbeddingProducts {
+  /** `[S]` in the accumulation dtype. */
+  readonly squares: Tensor;
+  /** The inner product of the first two sequences, `[]`, where these make one head group; else null. */
+  readonly inner: Tensor | null;
+}
+
+/** Squares and inner products of the sequences' gradients of an embedding matrix. */
+export function embeddingProducts({ head, lookup }: EmbeddingGradient, streams: SequenceStreams): EmbeddingProducts {
   const dtype = accumulationDType((head?.hidden ?? lookup!.g).dtype);
   const hidden = head && cast(head.hidden, dtype);
   const rows = lookup && cast(lookup.g, dtype);
-  return stack(
-    streams.sequences.map((sequence, s) => {
-      const { rows: r, targets: t } = sequence;
-      const g = rows && slice(rows, 0, r.start, r.start + r.length);
-      const h = hidden && slice(hidden, 0, t.start, t.start + t.length);
-      const terms: Tensor[] = [];
-      if (g) {
-        const ids = rowsOf(lookup.ids, r.start, r.length);
-        const same = cast(equal(unsqueeze(ids, 0), unsqueeze(ids, 1)), dtype);
-        terms.push(sum(mul(matmul(g, transpose(g)), same)));
-      }
-      if (h) terms.push(sum(mul(matmul(h, transpose(h)), squareOf(head.gram!, s, t.length))));
-      if (g && h) {
-        const atRows = slice(slice(head.probes!, 0, t.start, t.start + t.length), 1, 0, r.length);
-        terms.push(mul(sum(mul(matmul(h, transpose(g)), atRows)), 2));
-      }
-      return terms.reduce((a, b) => add(a, b));
-    }),
-  );
+  const squares: Tensor[] = [];
+  let inner: Tensor | null = null;
+  streams.headGroups.forEach((group, i) => {
+    const products = groupProducts({ head, lookup }, { hidden, rows }, group, i);
+    const own = streams.sequences.slice(group.first, group.first + group.count);
+    const between = (a: number, b: number): Tensor => blockSum(products, group, own[a], own[b]);
+    own.forEach((_, s) => {
+      squares.push(between(s, s));
+    });
+    if (group.count > 1) inner = between(0, 1);
+  });
+  return { squares: stack(squares), inner };
+}
+
+interface GroupProducts {
+  /** `[rows, rows]`, `[targets, targets]`, `[targets, rows]`. */
+  readonly lookups: Tensor | null;
+  readonly heads: Tensor | null;
+  readonly mixed: Tensor | null;
+}
+
+/** Elementwise products whose sums over two sequences' blocks are the inner products of their gradients. */
+function groupProducts(
+  { head, lookup }: EmbeddingGradient,
+  { hidden, rows }: { hidden: Tensor | null; rows: Tensor | null },
+  { rows: r, targets: t }: HeadGroup,
+  index: number,
+): GroupProducts {
+  const g = rows && slice(rows, 0, r.start, r.start + r.length);
+  const h = hidden && slice(hidden, 0, t.start, t.start + t.length);
+  const same = (): Tensor => {
+    const ids = rowsOf(lookup!.ids, r.start, r.length);
+    return cast(equal(unsqueeze(ids, 0), unsqueeze(ids, 1)), g!.dtype);
+  };
+  const atRows = (): Tensor => slice(slice(head!.probes!, 0, t.start, t.start + t.length), 1, 0, r.length);
+  return {
+    lookups: g && mul(matmul(g, transpose(g)), same()),
+    heads: h && mul(matmul(h, transpose(h)), squareOf(head!.gram!, index, t.length)),
+    mixed: g && h && mul(matmul(h, transpose(g)), atRows()),
+  };
+}
+
+type Place = { readonly rows: Span; readonly targets: Span };
+
+/** <gradient of a, gradient of b> from the blocks of their rows and targets. */
+function blockSum({ lookups, heads, mixed }: GroupProducts, group: HeadGroup, a: Place, b: Place): Tensor {
+  const block = (x: Tensor, first: Span, second: Span, from: Place, to: Place): Tensor => {
+    const [i, j] = [first.start - from.rows.start, second.start - to.rows.start];
+    return sum(slice(slice(x, 0, i, i + first.length), 1, j, j + second.length));
+  };
+  const byTarget: Place = { rows: group.targets, targets: group.targets };
+  const terms: Tensor[] = [];
+  if (lookups) terms.push(block(lookups, a.rows, b.rows, group, group));
+  if (heads) terms.push(block(heads, a.targets, b.targets, byTarget, byTarget));
+  if (mixed)
+    terms.push(add(block(mixed, a.targets, b.rows, byTarget, group), block(mixed, b.targets, a.rows, byTarget, group)));
+  return terms.reduce((x, y) => add(x, y));
 }

@@ -40,9 +40,9 @@ export class HeadContribution implements Contribution {
   readonly shape: readonly number[];
   /** `[N, H]`. */
   readonly hidden: Tensor;
-  /** `[S, M, M]`: inner products of the rows of D of a sequence; null where squares are not wanted. */
+  /** `[groups, M, M]`: inner products of the rows of D of a head group; null where squares are not wanted. */
   readonly gram: Tensor | null;
-  /** `[N, P]`: D at the sequence's probes (see HeadProbes); null as well. */
+  /** `[N, P]`: D at its group's probes (see HeadProbes); null as well. */
   readonly probes: Tensor | null;
   /** `[V, H]`: the sum over all sequences, differentiable; null where it was not asked for. */
   readonly dense: Tensor | null;
@@ -105,7 +105,7 @@ export function headBackward(
   const shapes = [
     ...(squares
       ? [
-          [streams.sequences.length, side, side],
+          [streams.headGroups.length, side, side],
           [count, maxProbes],
         ]
       : []),
@@ -186,7 +186,7 @@ function headShift(
   const expected = sub(cast(gatherRows(weight, ids), wide), cast(dhidden.detach(), wide));
   const shift = sum(mul(cast(dots.hidden, wide), expected), { axes: 1 });
   const bare = { gram: gram.detach(), probes: probes.detach() };
-  streams.sequences.forEach(({ rows, targets }, s) => {
+  streams.headGroups.forEach(({ rows, targets }, s) => {
     const [n, first] = [targets.length, targets.start];
     if (n === 0) return;
     const own = { into: rowsOf(shift, first, n), probes: rowsOf(bare.probes, first, n) };
@@ -204,7 +204,7 @@ function headShift(
   return shift;
 }
 
-/** The n x n corner of a sequence's matrix. */
+/** The n x n corner of a group's matrix. */
 export const squareOf = (x: Tensor, s: number, n: number): Tensor => {
   const one = reshape(slice(x, 0, s, s + 1), x.shape.slice(1));
   return slice(slice(one, 0, 0, n), 1, 0, n);
@@ -212,8 +212,8 @@ export const squareOf = (x: Tensor, s: number, n: number): Tensor => {
 
 /** `[n, probes]`: whether a probe's id is a target's. */
 function probesOneHot(ids: Tensor, streams: SequenceStreams, s: number, dtype: Tensor['dtype']): Tensor {
-  const { rows, targets } = streams.sequences[s];
-  const start = streams.sequences.slice(0, s).reduce((n, q) => n + q.rows.length + q.targets.length, 0);
+  const { rows, targets } = streams.headGroups[s];
+  const start = streams.headGroups.slice(0, s).reduce((n, q) => n + q.rows.length + q.targets.length, 0);
   const own = unsqueeze(rowsOf(streams.probes.ids, start, rows.length + targets.length), 0);
   return cast(equal(unsqueeze(rowsOf(ids.detach(), targets.start, targets.length), 1), own), dtype);
 }
@@ -231,9 +231,9 @@ function headBackwardDefinition(
   const d = add(neg(p), cast(equal(unsqueeze(ids, 1), words), wide));
   const { maxTargets, maxProbes } = streams.probes;
   const pad = (x: Tensor, rows: number, columns: number): Tensor => padTo(padTo(x, 0, rows), 1, columns);
-  const each = streams.sequences.map(({ rows, targets: { start, length } }, s) => {
+  const each = streams.headGroups.map(({ rows, targets: { start, length } }, s) => {
     const own = slice(d, 0, start, start + length);
-    const first = streams.sequences.slice(0, s).reduce((n, q) => n + q.rows.length + q.targets.length, 0);
+    const first = streams.headGroups.slice(0, s).reduce((n, q) => n + q.rows.length + q.targets.length, 0);
     const probeIds = rowsOf(streams.probes.ids, first, rows.length + length);
     const probes = transpose(gatherRows(transpose(own), probeIds));
     return { gram: pad(matmul(own, transpose(own)), maxTargets, maxTargets), probes: padTo(probes, 1, maxProbes) };

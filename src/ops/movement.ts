@@ -70,12 +70,16 @@ export function cast(x: Tensor, dtype: DType): Tensor {
   return record('cast', [x], [out], [], ({ g }) => [cast(g, x.dtype)])[0];
 }
 
-/** The values in another dtype or on another device; not differentiable between devices, and blocks then. */
+/** The values in another dtype or on another device; not differentiable between devices. */
 export function to(x: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
   const typed = target.dtype ? cast(x, target.dtype) : x.alias();
   if (!target.device || canonicalDevice(target.device) === x.device) return typed;
   requireUntracked('to', typed);
-  return Tensor.from(typed.dataSync(), { shape: x.shape, dtype: typed.dtype, device: target.device });
+  const source = contiguous(typed);
+  const out = Tensor.empty(x.shape, { dtype: typed.dtype, device: target.device });
+  out.storage.copyFrom(source.storage, source.byteOffset);
+  for (const t of [typed, source]) t.dispose();
+  return out;
 }
 
 /** A contiguous tensor with the same values: itself (aliased) when it is contiguous already. */

@@ -122,6 +122,14 @@ export function squaresByRows(factors: SequenceFactors, x: Tensor, g: Tensor): T
   return stack(factors.spans.map(({ start, length }, s) => sum(mul(grams[s], gramOf(rowsOf(g, start, length))))));
 }
 
+/** <G_0ᵀ X_0, G_1ᵀ X_1> of the first two sequences from inner products. */
+export function innerByRows(factors: SequenceFactors, x: Tensor, g: Tensor): Tensor {
+  const rows = factors.rowsOf(x);
+  const [a, b] = factors.spans;
+  const between = (t: Tensor): Tensor => gramOf(rowsOf(t, a.start, a.length), rowsOf(t, b.start, b.length));
+  return sum(mul(between(rows), between(g)));
+}
+
 /**
  * |G_iᵀ X_i|² of each sequence as a differentiable function of x `[primal rows, in]` and g `[rows, out]`, whose value is known.
  */

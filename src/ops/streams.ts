@@ -17,6 +17,14 @@ export interface SequenceParts {
   readonly targets: Span;
 }
 
+/** Neighbouring sequences, [first, first + count), and their rows and targets. */
+export interface HeadGroup {
+  readonly first: number;
+  readonly count: number;
+  readonly rows: Span;
+  readonly targets: Span;
+}
+
 /** What the ops that meet an index tensor must know of it: see `indexKind`. */
 export interface StreamIndices {
   /** int32 `[R]`: the token ids, looked up in the embedding. */
@@ -29,11 +37,11 @@ export interface StreamIndices {
 
 export type IndexKind = keyof StreamIndices;
 
-/** The ids at which the head's gradients are asked for: of each sequence those of its rows, then those of its targets. */
+/** The ids at which the head's gradients are asked for: of each group those of its rows, then those of its targets. */
 export interface HeadProbes {
-  /** int32 `[S, 4]`: first target, targets, first probe, probes. */
+  /** int32 `[groups, 4]`: first target, targets, first probe, probes. */
   readonly table: Tensor;
-  /** int32, of all sequences. */
+  /** int32, of all groups. */
   readonly ids: Tensor;
   readonly maxTargets: number;
   readonly maxProbes: number;
@@ -71,12 +79,15 @@ export class SequenceStreams {
   /** int32 `[targetCount]`: 0, 1, ... */
   readonly targetOrder: Tensor;
   readonly probes: HeadProbes;
+  /** Sequences whose inner products the head's backward gives together: each by itself, or the two of one pair. */
+  readonly headGroups: readonly HeadGroup[];
   private readonly known: ReadonlyMap<Storage, IndexKind>;
   private readonly kept: Tensor[] = [];
 
   /**
    * @param tokens the token id of each packed row
    * @param targetRows the packed row that predicts each target, whose id is in `targetIds`
+   * @param together whether inner products between the sequences are wanted: all of them make one head group
    * @param indices the tensors under which the forward pass looks these two up
    */
   constructor(
@@ -84,6 +95,7 @@ export class SequenceStreams {
     parts: readonly SequenceParts[],
     host: { tokens: Int32Array; targetRows: Int32Array; targetIds: Int32Array },
     indices: StreamIndices,
+    together = false,
   ) {
     const map = parts.map(({ segments }) =>
       segments.flatMap((s) => {
@@ -116,24 +128,33 @@ export class SequenceStreams {
     const ids = flat.map((row) => host.tokens[row]);
     this.ids = this.upload(ids);
     this.targetRows = this.upload(this.targetsAmong(map, host.targetRows));
+    this.headGroups = this.groupsOf(together);
     this.probes = this.probesOf(ids, host.targetIds);
     this.targetOrder = this.upload(Int32Array.from(host.targetIds, (_, n) => n));
     const kinds = ['ids', 'targetRows', 'targetOrder'] as const;
     this.known = new Map(kinds.map((kind) => [indices[kind].storage, kind]));
   }
 
+  private groupsOf(together: boolean): HeadGroup[] {
+    if (!together) return this.sequences.map((s, first) => ({ first, count: 1, ...s }));
+    const whole = (length: number): Span => ({ start: 0, length });
+    return [{ first: 0, count: this.sequences.length, rows: whole(this.rows), targets: whole(this.targetCount) }];
+  }
+
   private probesOf(ids: Int32Array, targetIds: Int32Array): HeadProbes {
     const part = (values: Int32Array, { start, length }: Span): Int32Array => values.subarray(start, start + length);
-    const each = this.sequences.map(({ rows, targets }) => [...part(ids, rows), ...part(targetIds, targets)]);
+    const each = this.headGroups.map(({ rows, targets }) => [...part(ids, rows), ...part(targetIds, targets)]);
     let first = 0;
-    const table = this.sequences.flatMap(({ targets }, s) => {
+    const table = this.headGroups.flatMap(({ targets }, s) => {
       first += each[s].length;
       return [targets.start, targets.length, first - each[s].length, each[s].length];
     });
     return {
-      table: this.keep(Tensor.from(Int32Array.from(table), { shape: [this.sequences.length, 4], device: this.device })),
+      table: this.keep(
+        Tensor.from(Int32Array.from(table), { shape: [this.headGroups.length, 4], device: this.device }),
+      ),
       ids: this.upload(Int32Array.from(each.flat())),
-      maxTargets: Math.max(0, ...this.sequences.map((s) => s.targets.length)),
+      maxTargets: Math.max(0, ...this.headGroups.map((g) => g.targets.length)),
       maxProbes: Math.max(0, ...each.map((e) => e.length)),
     };
   }

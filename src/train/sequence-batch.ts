@@ -20,8 +20,13 @@ function segmentsOf(batch: PackedBatch, kind: 'pairs' | 'sequences', sequence: n
   return [3 * pair, 3 * pair + (sequence < pairs ? 1 : 2)];
 }
 
-/** Streams of a batch with a row for each target; the caller disposes of them. */
-export function streamsOf(batch: PackedBatch, kind: 'pairs' | 'sequences', tensors: BatchTensors): SequenceStreams {
+/** Streams of a batch with a row for each target (see SequenceStreams for `together`); the caller disposes of them. */
+export function streamsOf(
+  batch: PackedBatch,
+  kind: 'pairs' | 'sequences',
+  tensors: BatchTensors,
+  together = false,
+): SequenceStreams {
   let start = 0;
   const parts = Array.from(batch.lengths, (length, s): SequenceParts => {
     start += length;
@@ -33,5 +38,6 @@ export function streamsOf(batch: PackedBatch, kind: 'pairs' | 'sequences', tenso
     parts,
     { tokens: batch.ids, targetRows: batch.headRows, targetIds: batch.targetIds },
     { ids, targetRows: targets.headRows, targetOrder: targets.rows },
+    together,
   );
 }

@@ -53,7 +53,7 @@ export interface MainPass {
 
 /** A main pass whose norms are known and whose derivatives wait. Dispose of it. */
 export interface RecordedPass extends MainPass {
-  recorded: Pick<RecordedGradients<never>, 'squaredNorms' | 'addSquareGradients'>;
+  recorded: Pick<RecordedGradients<never>, 'squaredNorms' | 'innerProducts' | 'addSquareGradients'>;
   dispose(): void;
 }
 
@@ -189,7 +189,7 @@ export class SpoPasses {
   shared(part: Part, second: Second): MainPass {
     const batch = this.batch(part.indices);
     using _ = batch.packed.layout;
-    const problem = this.problem(batch, part, { first: true, second });
+    const problem = this.problem(batch, part, { first: true, second, norms: false });
     using _streams = problem.streams;
     const result = accumulateSequenceGradients(problem);
     return this.measured(batch, problem, result, part);
@@ -207,7 +207,7 @@ export class SpoPasses {
     const { gradients } = this.trainable;
     const { accumulate, regularizer } = options;
     const batch = this.batch(part.indices);
-    const problem = this.problem(batch, part, { first: accumulate, second });
+    const problem = this.problem(batch, part, { first: accumulate, second, norms: true });
     const close = (): void => {
       problem.streams.dispose();
       batch.packed.layout.dispose();
@@ -255,14 +255,19 @@ export class SpoPasses {
     return { dpo: problem.loss!, sft, metrics, tokens: batch.packed.tokens };
   }
 
-  private problem(batch: PreferenceBatch, part: Part, into: { first: boolean; second: Second }): Problem {
+  private problem(
+    batch: PreferenceBatch,
+    part: Part,
+    into: { first: boolean; second: Second; norms: boolean },
+  ): Problem {
     const { model } = this.trainable;
     const { packed, tensors } = batch;
     const problem: Problem = {
       loss: null,
       variables: tensorsOf(model.parameters, both),
       parameters: this.parameters(into),
-      streams: streamsOf(packed, 'pairs', tensors),
+      // The inner product of a pair's gradients is asked for where the pair is alone.
+      streams: streamsOf(packed, 'pairs', tensors, into.norms && batch.pairs === 1),
       secondCount: batch.pairs,
       forward: (values) => {
         const p = replaceGroups(model.parameters, both, values);

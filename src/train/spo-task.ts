@@ -300,6 +300,13 @@ export class SpoTask implements Task {
       const groups = [...pass.recorded.squaredNorms].filter(([group]) => this.normGroups.has(group));
       const squares = await Promise.all(groups.map(([, t]) => t.data()));
       const norms = Array.from(squares[0], (_, s) => Math.sqrt(squares.reduce((n, values) => n + values[s], 0)));
+      const inner = [...pass.recorded.innerProducts].filter(([group]) => this.normGroups.has(group));
+      const products = await Promise.all(inner.map(([, t]) => t.data()));
+      if (inner.length > 0)
+        done.cosine(
+          products.reduce((n, [value]) => n + value, 0),
+          norms,
+        );
       const coefficients = this.normCoefficients(part, norms, done);
       if (coefficients.some((c) => c !== 0)) pass.recorded.addSquareGradients(coefficients, this.normGroups);
     } finally {
@@ -410,6 +417,7 @@ class Outcome {
   /** Norms of chosen and rejected gradients, and the same as R compares them. */
   private readonly plain: [number[], number[]] = [[], []];
   private readonly compared: [number[], number[]] = [[], []];
+  private readonly cosines: number[] = [];
 
   add(pass: MainPass): void {
     this.dpo.push(pass.dpo);
@@ -432,6 +440,11 @@ class Outcome {
       for (const side of [0, 1]) into[side].push(...norms.slice(side * half, (side + 1) * half));
   }
 
+  /** Of one pair's gradients. */
+  cosine(inner: number, [chosen, rejected]: readonly number[]): void {
+    this.cosines.push(chosen * rejected > 0 ? inner / (chosen * rejected) : 0);
+  }
+
   regularizerMetrics(): Record<string, number> {
     const { value, activeFraction } = regularizerValue(...this.compared);
     return {
@@ -439,6 +452,7 @@ class Outcome {
       'spo/active_fraction': activeFraction,
       'grad_norm/chosen': mean(this.plain[0]),
       'grad_norm/rejected': mean(this.plain[1]),
+      ...(this.cosines.length > 0 && { grad_cosine: mean(this.cosines) }),
     };
   }
 

@@ -13,6 +13,7 @@ import {
   onHost,
   openSpoModel,
   type Precision,
+  readSpo,
 } from '../objectives/spo-support.js';
 import { describeWithShared } from '../shared.js';
 import { difference, relativeError, type Tensors } from './support.js';
@@ -95,6 +96,16 @@ describeWithShared('the regularizer of a step', GOLDEN_SPO, () => {
     expect(relativeError(gradient, plain.gradient)).toBeGreaterThan(1e-3);
     const exact = await evaluate({ normPerToken: true });
     expect(relativeError(gradient, exact.gradient)).toBeLessThan(1e-6);
+  });
+
+  it.each(['all', 'adapters', 'backbone'] as const)('reports the cosine of the gradients over %s', async (normOver) => {
+    const { cosine } = readSpo('qwen2', 'eval.json').geometry[normOver];
+    const expected = cosine.reduce((a: number, b: number) => a + b, 0) / cosine.length;
+    for (const [dtype, tolerance] of [
+      ['float64', 1e-11],
+      ['float32', 1e-5],
+    ] as const)
+      expect(Math.abs((await evaluate({ normOver }, dtype)).metrics.grad_cosine - expected)).toBeLessThan(tolerance);
   });
 
   it('refuses norms over no parameters', async () => {

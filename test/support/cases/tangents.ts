@@ -334,7 +334,7 @@ function masked(shape: HeadShape, x: Host, kind: 'gram' | 'probes'): Host {
   return host(x.shape, values, x.dtype);
 }
 
-function vocabHeadTangent(shape: HeadShape): OpCase {
+function vocabHeadTangent(shape: HeadShape, asGiven = false): OpCase {
   const { rows, side, probeSide } = headTable(shape);
   const count = shape.sequences.length;
   return opCase({
@@ -350,7 +350,7 @@ function vocabHeadTangent(shape: HeadShape): OpCase {
     run: (at, hidden, weight, target, table, probeIds, hiddenDot, gram, probes, weightDot) => {
       const lse = logSumExpOf(hidden, weight);
       const onDevice = (x: Tensor, kind: 'gram' | 'probes'): Tensor =>
-        toTensor(masked(shape, toHost(x), kind), at.device, x.dtype);
+        asGiven ? x : toTensor(masked(shape, toHost(x), kind), at.device, x.dtype);
       const dots = [onDevice(gram, 'gram'), onDevice(probes, 'probes')];
       const given = [hidden, weight, lse, target, table, probeIds];
       const all = [emptyLike(hidden), wide(weight, weight.shape)];
@@ -374,6 +374,14 @@ const pair = (prompt: number, ...branches: number[]): reference.Part[] => [
   { length: prompt },
   ...branches.map((length) => ({ length, parent: 0 })),
 ];
+
+/** For the benchmark alone. */
+const timed = (c: OpCase): OpCase => ({ ...c, name: `${c.name} timed`, size: 'bench', reference: undefined });
+const pairOfResponses: HeadShape = {
+  sequences: Array.from({ length: 2 }, () => [128, 384] as const),
+  width: 576,
+  words: 49152,
+};
 
 export const tangentCases = (): OpCase[] => [
   shareGradient([3, 5]),
@@ -419,4 +427,10 @@ export const tangentCases = (): OpCase[] => [
     width: 40,
     words: 2100,
   }),
+  timed(shareGradient([1536, 576])),
+  timed(rmsNormTangent([256, 256], 384, 576)),
+  timed(swigluTangent(512, 384, 1536)),
+  timed(attentionTangent(pair(128, 128, 128), [9, 3], 64)),
+  timed(vocabHeadSequences(pairOfResponses)),
+  timed(vocabHeadTangent(pairOfResponses, true)),
 ];
