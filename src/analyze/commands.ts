@@ -1,7 +1,6 @@
 // The analyses as `keelgrad analyze` runs them: from options to a written report. No mathematics and no charts of its own.
 import type { PreferenceExample, PreparedData } from '../data/tokenize.js';
 import { preparePreferenceData } from '../data/tokenize.js';
-import { agrees } from '../demo/language.js';
 import { KeelgradError } from '../errors.js';
 import { type LoadOptions, loadModel } from '../io/model-folder.js';
 import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
@@ -16,6 +15,7 @@ import { sensitivityReport, sweep } from './sensitivity.js';
 import { measureTerms, termsReport } from './terms.js';
 import { analyzeTheory, type TheoryPair } from './theory.js';
 import { theoryReport } from './theory-report.js';
+import { toyFlow } from './toy.js';
 
 export interface AnalysisHooks {
   readonly signal?: AbortSignal;
@@ -149,7 +149,16 @@ async function terms(options: AnalyzeOptions<'terms'>, ground: Ground): Promise<
   return found && termsReport(found, settings, facts);
 }
 
+/** The last number in a text, thousands separated or not; undefined where there is none. */
+const lastNumber = (text: string): number | undefined => {
+  const found = text.replace(/(\d),(?=\d{3}\b)/g, '$1').match(/-?\d+(\.\d+)?/g);
+  return found ? Number(found[found.length - 1]) : undefined;
+};
+
 async function massShift(options: AnalyzeOptions<'mass-shift'>, ground: Ground): Promise<Report | undefined> {
+  const right = lastNumber(options.answer);
+  if (right === undefined)
+    throw new KeelgradError(`--answer: expected a text with a number, found ${JSON.stringify(options.answer)}`);
   const tokenizer = await ground.tokenizer();
   const endId = tokenizer.eosToken?.id;
   if (endId === undefined)
@@ -168,7 +177,7 @@ async function massShift(options: AnalyzeOptions<'mass-shift'>, ground: Ground):
     samples: options.samples,
     maxTokens: options.maxTokens,
     temperature: options.temperature,
-    isPreferred: async (ids) => agrees(await decode(ids), options.answer),
+    isPreferred: async (ids) => lastNumber(await decode(ids)) === right,
     perSet: options.perSet,
     dpo: common,
     spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...lowerLevel(options) },
@@ -181,7 +190,8 @@ async function massShift(options: AnalyzeOptions<'mass-shift'>, ground: Ground):
   const shift = await followMass(sourceOf(options, ground), settings);
   if (!shift) return undefined;
   const texts = await Promise.all(shift.responses.map((r) => decode(r.ids)));
-  return massShiftReport(shift, settings, { model: options.model, prompt: options.prompt, texts });
+  const facts = { model: options.model, prompt: options.prompt, texts };
+  return massShiftReport(shift, settings, facts, await toyFlow(options.seed));
 }
 
 const analysesByName: {

@@ -10,6 +10,7 @@ import { lineChart } from './charts.js';
 import { formatNumber, type Report } from './report.js';
 import { type ModelSource, type PreferenceMethod, watch } from './runs.js';
 import { logProbsOf } from './sequences.js';
+import { type ToyFlow, toyFinding, toyTable } from './toy.js';
 
 export interface MassShiftOptions {
   readonly promptIds: Int32Array;
@@ -176,11 +177,12 @@ function finding(shift: MassShift, { method, looks }: MassShift['runs'][number])
   );
 }
 
-/** The report of a finished experiment; `decode` shows responses as text. */
+/** The report of a finished experiment; `texts` are the responses as text. */
 export function massShiftReport(
   shift: MassShift,
   options: MassShiftOptions,
   facts: { model: string; prompt: string; texts: readonly string[] },
+  toy: ToyFlow,
 ): Report {
   const points = shift.runs.flatMap(({ method, looks }) =>
     looks.flatMap((look) =>
@@ -207,7 +209,7 @@ export function massShiftReport(
     introduction: [
       `${facts.model} answered “${facts.prompt}” ${options.samples} times; ${shift.responses.length} distinct responses ended. Y_w: the likeliest preferred ones; y*: the likeliest dispreferred one, in no pair; Y_l: the next likeliest dispreferred ones. Every member of Y_w is paired with every member of Y_l.`,
     ],
-    findings: shift.runs.map((run) => finding(shift, run)),
+    findings: [...shift.runs.map((run) => finding(shift, run)), toyFinding(toy)],
     charts: [
       lineChart(points, {
         id: 'mass-shift-logps',
@@ -239,7 +241,8 @@ export function massShiftReport(
           facts.texts[i],
         ]),
       },
+      toyTable(toy),
     ],
-    data: { ...facts, options: { dpo: options.dpo, spo: options.spo, samples: options.samples }, ...shift },
+    data: { ...facts, options: { dpo: options.dpo, spo: options.spo, samples: options.samples }, ...shift, toy },
   };
 }

@@ -34,7 +34,7 @@ const look = {
   background: 'white',
   font: 'Helvetica, Arial, sans-serif',
   axis: { gridColor: '#e3e3e3', domainColor: '#666', tickColor: '#666', labelFontSize: 11, titleFontSize: 12 },
-  legend: { labelFontSize: 12, symbolStrokeWidth: 2.5 },
+  legend: { labelFontSize: 12, symbolStrokeWidth: 2.5, symbolOpacity: 1 },
   view: { stroke: null },
 } as const;
 

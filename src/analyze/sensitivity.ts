@@ -107,7 +107,7 @@ function findings(runs: readonly GridRun[]): string[] {
   const rising = runs.filter((r) => r.chosenChange > 2 * r.chosenError).length;
   const falling = runs.filter((r) => r.chosenChange < -2 * r.chosenError).length;
   return [
-    `The margin grew most, by ${formatNumber(best.marginChange)} nats, at λ = ${best.lambda}, γ = ${best.gamma}.`,
+    `The margin came out best at λ = ${best.lambda}, γ = ${best.gamma}: it changed by ${formatNumber(best.marginChange)} nats.`,
     `Of ${runs.length} settings, chosen responses gained log-probability in ${rising} and lost it in ${falling}, at two standard errors.`,
   ];
 }
