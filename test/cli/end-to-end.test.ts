@@ -88,8 +88,28 @@ const ofPairs = [
   ...['logits/chosen', 'logits/rejected'],
 ];
 const ofLevels = ['grad_norm/backbone', 'grad_norm/adapters', 'learning_rate/backbone', 'learning_rate/adapters'];
-const ofSpo = ['spo/dpo', 'spo/sft', 'spo/sft_star', 'spo/sft_gap', 'spo/regularizer'];
-const ofRegularizer = ['spo/active_fraction', 'grad_norm/chosen', 'grad_norm/rejected'];
+const ofSpo = [
+  'spo/first_order',
+  'spo/share_a',
+  'spo/share_b',
+  'spo/share_d',
+  'spo/term_a',
+  'spo/term_b',
+  'spo/term_d',
+  'spo/dpo',
+  'spo/sft',
+  'spo/sft_star',
+  'spo/sft_gap',
+  'spo/regularizer',
+];
+const ofRegularizer = [
+  'grad_cosine',
+  'spo/share_e_phi',
+  'spo/term_e_phi',
+  'spo/active_fraction',
+  'grad_norm/chosen',
+  'grad_norm/rejected',
+];
 
 const names = (...lists: string[][]): string[] => lists.flat().sort();
 
