@@ -286,6 +286,19 @@ napi_value uploadMapped(napi_env env, Instance* self, napi_value* args) {
   return nullptr;
 }
 
+// transfer(stream, storage, source's stream, source's storage, its byteOffset): fills the storage from another device
+napi_value transfer(napi_env env, Instance* self, napi_value* args) {
+  Stream& s = self->stream(number(env, args[0]));
+  Storage& to = s.storages().at(number(env, args[1]));
+  Stream& source = self->stream(number(env, args[2]));
+  Storage& from = source.storages().at(number(env, args[3]));
+  double offset = number(env, args[4]);
+  requireRange(from, offset, to.bytes);
+  if (&s == &source || to.readOnly) kg::fail("expected two devices, and a storage that can be written");
+  if (to.bytes > 0) s.transfer(&to, source, &from, static_cast<size_t>(offset));
+  return nullptr;
+}
+
 // download(stream, storage, byteOffset, target) -> Promise<target>
 napi_value download(napi_env env, Instance* self, napi_value* args) {
   Stream& s = self->stream(number(env, args[0]));
@@ -436,6 +449,7 @@ NAPI_MODULE_INIT() {
   KG_DEFINE(submit, 0);
   KG_DEFINE(upload, 4);
   KG_DEFINE(uploadMapped, 7);
+  KG_DEFINE(transfer, 5);
   KG_DEFINE(download, 4);
   KG_DEFINE(downloadSync, 4);
   KG_DEFINE(synchronize, 1);

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "runtime/error.h"
 
@@ -44,6 +45,30 @@ std::string shapesOf(const TensorView* tensors, int count) {
 
 }  // namespace
 
+// Bytes on their way from another stream.
+struct Stream::Transfer {
+  explicit Transfer(size_t count) : bytes(new (std::nothrow) char[count]) {
+    if (!bytes) fail("out of host memory: %zu bytes between two devices", count);
+  }
+  void arrive(Fault found) {
+    std::lock_guard<std::mutex> lock(mutex);
+    fault = std::move(found);
+    arrived = true;
+    wake.notify_all();
+  }
+  Fault await() {
+    std::unique_lock<std::mutex> lock(mutex);
+    wake.wait(lock, [&] { return arrived; });
+    return fault;
+  }
+
+  std::unique_ptr<char[]> bytes;
+  std::mutex mutex;
+  std::condition_variable wake;
+  bool arrived = false;
+  Fault fault;
+};
+
 // A command in the ring: this header, then (Launch) tensors, owners, attributes; (Upload) the bytes, unless they are in
 // a heap block or a mapped file.
 struct Stream::Header {
@@ -55,6 +80,7 @@ struct Stream::Header {
   char* data;
   void* host;
   std::shared_ptr<const Mapping>* file;
+  std::shared_ptr<Transfer>* transfer;
   uint64_t count;
   std::function<void(Fault)>* done;
 
@@ -132,29 +158,39 @@ void Stream::launch(KernelId id, const TensorView* tensors, Storage* const* owne
   if (Fault fault = takeFault()) fail("%s", fault->c_str());
 }
 
-void Stream::upload(Storage* to, size_t offset, const void* bytes, size_t count) {
-  bool inlined = count <= 4096;
-  Header* h = reserve(sizeof(Header) + (inlined ? count : 0));
+Stream::Header* Stream::reserveUpload(Storage* to, size_t offset, void* host, size_t count, size_t inlined) {
+  Header* h = reserve(sizeof(Header) + inlined);
   h->kind = Kind::Upload;
   h->owner = Owner::of(to, count);
   h->data = to->data + offset;
   h->count = count;
+  h->host = host;
   h->file = nullptr;
-  h->host = inlined ? nullptr : malloc(count);
-  if (!inlined && !h->host) fail("out of host memory: %zu bytes to stage an upload", count);
-  memcpy(inlined ? static_cast<void*>(h + 1) : h->host, bytes, count);
+  h->transfer = nullptr;
+  return h;
+}
+
+void Stream::upload(Storage* to, size_t offset, const void* bytes, size_t count) {
+  const bool inlined = count <= 4096;
+  void* host = inlined ? nullptr : malloc(count);
+  if (!inlined && !host) fail("out of host memory: %zu bytes to stage an upload", count);
+  Header* h = reserveUpload(to, offset, host, count, inlined ? count : 0);
+  memcpy(inlined ? static_cast<void*>(h + 1) : host, bytes, count);
   publish(h);
 }
 
 void Stream::uploadMapped(Storage* to, size_t offset, std::shared_ptr<const Mapping> file, size_t fileOffset,
                           size_t count) {
-  Header* h = reserve(sizeof(Header));
-  h->kind = Kind::Upload;
-  h->owner = Owner::of(to, count);
-  h->data = to->data + offset;
-  h->count = count;
-  h->host = static_cast<char*>(file->data) + fileOffset;
+  Header* h = reserveUpload(to, offset, static_cast<char*>(file->data) + fileOffset, count);
   h->file = new std::shared_ptr<const Mapping>(std::move(file));
+  publish(h);
+}
+
+void Stream::transfer(Storage* to, Stream& source, Storage* from, size_t fromOffset) {
+  auto way = std::make_shared<Transfer>(to->bytes);
+  source.download(from, fromOffset, way->bytes.get(), to->bytes, [way](Fault fault) { way->arrive(std::move(fault)); });
+  Header* h = reserveUpload(to, 0, way->bytes.get(), to->bytes);
+  h->transfer = new std::shared_ptr<Transfer>(std::move(way));
   publish(h);
 }
 
@@ -299,14 +335,18 @@ void Stream::execute(Header* h) {
 }
 
 void Stream::executeUpload(Header* h) {
-  Fault fault;
-  try {
-    queue_->upload(h->data, h->host ? h->host : static_cast<void*>(h + 1), h->count);
-  } catch (const std::exception& e) {
-    fault = std::make_shared<const std::string>(std::string("[upload] ") + e.what());
-    report(fault);
+  std::unique_ptr<std::shared_ptr<const Mapping>> file(h->file);
+  std::unique_ptr<std::shared_ptr<Transfer>> transfer(h->transfer);
+  Fault fault = transfer ? (*transfer)->await() : nullptr;
+  if (!fault) {
+    try {
+      queue_->upload(h->data, h->host ? h->host : static_cast<void*>(h + 1), h->count);
+    } catch (const std::exception& e) {
+      fault = std::make_shared<const std::string>(std::string("[upload] ") + e.what());
+      report(fault);
+    }
   }
-  h->file ? delete h->file : free(h->host);
+  if (!file && !transfer) free(h->host);
   auto lock = lockFaults();
   if (deferred_) log_.written(h->owner);
   fault ? h->owner.mark(fault) : h->owner.heal();

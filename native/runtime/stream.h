@@ -38,6 +38,8 @@ class Stream : public StreamHooks {
   Fault read(Storage* from, size_t offset, void* to, size_t count);
   // As upload, out of a mapped file, which stays mapped until it is done.
   void uploadMapped(Storage* to, size_t offset, std::shared_ptr<const Mapping> file, size_t fileOffset, size_t count);
+  // The whole of a storage from another stream's: enqueued on both, and blocking neither's caller.
+  void transfer(Storage* to, Stream& source, Storage* from, size_t fromOffset);
   // Blocks until everything enqueued so far has run, on the device too.
   void synchronize() override;
   // Takes (and clears) the first unreported fault; null when there is none. Call after synchronize().
@@ -54,7 +56,9 @@ class Stream : public StreamHooks {
 
  private:
   struct Header;
+  struct Transfer;
   Header* reserve(size_t bytes);
+  Header* reserveUpload(Storage* to, size_t offset, void* host, size_t count, size_t inlined = 0);
   void publish(Header* header);
   void executorLoop();
   void execute(Header* header);

@@ -56,6 +56,7 @@ export interface Addon {
     fileOffset: number,
     bytes: number,
   ): void;
+  transfer(stream: number, handle: number, fromStream: number, fromHandle: number, fromOffset: number): void;
   download(stream: number, handle: number, byteOffset: number, target: Uint8Array): Promise<Uint8Array>;
   downloadSync(stream: number, handle: number, byteOffset: number, target: Uint8Array): void;
   synchronize(stream: number): void;
