@@ -13,6 +13,7 @@ interface PackedStage {
   readonly name: string;
   readonly about: string;
   readonly files: readonly string[];
+  readonly skip?: readonly string[];
   readonly env?: Readonly<Record<string, string>>;
   readonly alone?: boolean;
   readonly sanitizer?: string;
@@ -101,7 +102,8 @@ async function runFile(stage: PackedStage, file: string): Promise<FileResult> {
   rmSync(answer, { force: true });
   const worker = [process.execPath, join(import.meta.dirname, 'worker.js'), file, answer];
   const command = stage.sanitizer ? [...sanitizing(stage.sanitizer), ...worker] : worker;
-  const env = { ...process.env, KEELGRAD_TEST_DEVICES: options.device, ...stage.env };
+  const names = stage.skip && { KEELGRAD_TEST_NAMES: `^(?!.*(${stage.skip.join('|')}))` };
+  const env = { ...process.env, KEELGRAD_TEST_DEVICES: options.device, ...names, ...stage.env };
   const start = seconds();
   const code = await finished(command, env, log, Math.min(stage.timeout, left));
   const took = seconds() - start;
