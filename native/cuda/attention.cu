@@ -83,7 +83,7 @@ KG_DEVICE void storeState(const Forward<bf16>& p, RowState<D, MT>& state, bf16* 
     factor[m][half] = 1.0f / total;
     const int r = 16 * m + g + 8 * half;
     if (laneId() % 4 == 0 && r < count)
-      p.lse[(row + r) * p.heads.query + head] = fmaf(state.maximum[m][half], p.scale, logf(total));
+      p.lse[(row + r) * p.heads.query + head] = fmaf(state.maximum[m][half], static_cast<float>(p.scale), logf(total));
   }
   storeRows<D, MT>(state.sums, factor, tile, tileRow, p.out, row, head, count);
 }
@@ -122,7 +122,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kTileThreads) forwardKernel(Forward<bf16> p) {
 
   const int warpRow = warpId() * 16 * MT, firstKey = keyOf.parentLength + chunk.row + warpRow;
   const bool idle = warpRow >= chunk.rows;
-  const float c = p.scale * kLog2e;
+  const float c = static_cast<float>(p.scale) * kLog2e;
   std::conditional_t<D == 64, HeldRows<D, MT>, SharedRows<D, MT>> queries;  // as registers allow
   queries.load(shared.queries, warpRow);
   RowState<D, MT> state;
@@ -160,7 +160,7 @@ void forward(const Call& call) {
                      call[1].ptr<compute_t<T>>(),
                      checkedSegments("attention", call[5], heads.rows),
                      heads,
-                     static_cast<compute_t<T>>(call.attr(0)),
+                     call.attr(0),
                      context(call).faults};
   if (heads.rows == 0 || heads.query == 0) return;
   if constexpr (sizeof(T) == sizeof(bf16)) {

@@ -20,6 +20,7 @@ struct HeadRows {
 
 struct Heads {
   int32_t rows, query, key, group, D;  // rows of the layout, heads, query heads a key head, head dimension
+  int32_t splits;                      // blocks that share a key head where keys are held
 };
 
 struct Segment {
@@ -169,8 +170,9 @@ inline Heads checkedHeads(const char* op, const TensorView& q, const TensorView&
          (long long)q.size(1), (long long)k.size(1));
   if (q.size(2) > 256)
     fail("[%s] expected a head dimension of 256 at most on CUDA, found %lld", op, (long long)q.size(2));
-  return {static_cast<int32_t>(q.size(0)), static_cast<int32_t>(q.size(1)), static_cast<int32_t>(k.size(1)),
-          static_cast<int32_t>(q.size(1) / k.size(1)), static_cast<int32_t>(q.size(2))};
+  return {static_cast<int32_t>(q.size(0)), static_cast<int32_t>(q.size(1)),
+          static_cast<int32_t>(k.size(1)), static_cast<int32_t>(q.size(1) / k.size(1)),
+          static_cast<int32_t>(q.size(2)), 1};
 }
 
 inline SegmentTable checkedSegments(const char* op, const TensorView& t, int64_t rows) {

@@ -34,7 +34,6 @@ struct TensorCoreCall {
   Backward<bf16> p;
   RowStats* stats;  // [Hq][cotangent rows]
   float* partial;   // [splits][cotangent rows][Hk][dk, dv][D]; null with one split
-  int32_t splits;
 };
 
 // ---- dq -----------------------------------------------------------------------------------------------------------
@@ -127,7 +126,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kTileThreads) queriesKernel(TensorCoreCall call)
 
   const int warpRow = warpId() * 16 * MT, firstKey = keyOf.parentLength + chunk.row + warpRow;
   const bool idle = warpRow >= chunk.rows;
-  const float c = p.scale * kLog2e;
+  const float c = static_cast<float>(p.scale) * kLog2e;
   SharedRows<D, MT> queries, douts;
   queries.load(shared.queries, warpRow);
   douts.load(shared.douts, warpRow);
@@ -157,7 +156,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kTileThreads) queriesKernel(TensorCoreCall call)
   }
   if (idle) return;
   float factor[MT][2];
-  KG_UNROLL for (int m = 0; m < MT; m++) factor[m][0] = factor[m][1] = p.scale;
+  KG_UNROLL for (int m = 0; m < MT; m++) factor[m][0] = factor[m][1] = static_cast<float>(p.scale);
   storeRows<D, MT>(dq, factor, shared.queries, warpRow, p.dq, firstRow + warpRow, head, chunk.rows - warpRow);
 }
 
@@ -247,13 +246,13 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kTileThreads) keysKernel(TensorCoreCall call) {
   using Shared = KeysShared<D, MT>;
   Shared& shared = *reinterpret_cast<Shared*>(dynamicShared());
   const Backward<bf16>& p = call.p;
-  const int blocks = p.heads.key * call.splits, block = static_cast<int>(blockIdx.x % blocks);
+  const int blocks = p.heads.key * p.heads.splits, block = static_cast<int>(blockIdx.x % blocks);
   const int keyHead = block % p.heads.key, split = block / p.heads.key;
   const uint32_t slot = blockIdx.x / blocks;
   Chunk chunk;
   const Found found = findChunk(p.segments, slot, Shared::kRows, Deal::FirstFirst, p.faults, chunk);
   if (found == Found::BadTable) {
-    if (call.splits > 1)
+    if (p.heads.splits > 1)
       return fillNaN(partialOf<D>(call, split), 2 * keyHead, 2 * D, slot, Shared::kRows, p.heads.rows);
     fillNaN(p.dk, keyHead, D, slot, Shared::kRows, p.heads.rows);
     return fillNaN(p.dv, keyHead, D, slot, Shared::kRows, p.heads.rows);
@@ -264,9 +263,9 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kTileThreads) keysKernel(TensorCoreCall call) {
                               [&](int r) { return p.rowMap(firstRow + r, p.faults); });
 
   const int firstHead = keyHead * p.heads.group;
-  QueryTiles next{&p.segments, chunk.segment,
-                  chunk.row,   firstHead + p.heads.group,
-                  call.splits, {firstHead + split, chunk.segment, chunk.row}};
+  QueryTiles next{&p.segments,    chunk.segment,
+                  chunk.row,      firstHead + p.heads.group,
+                  p.heads.splits, {firstHead + split, chunk.segment, chunk.row}};
   const int thread = static_cast<int>(threadIdx.x);
   RowStats stats{};
   // Starts the copies of `next`; its stats wait in registers until its stage is free for them.
@@ -286,7 +285,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kTileThreads) keysKernel(TensorCoreCall call) {
 
   const int warpRow = warpId() * 16 * MT;
   const bool idle = warpRow >= chunk.rows;
-  const float c = p.scale * kLog2e;
+  const float c = static_cast<float>(p.scale) * kLog2e;
   SharedRows<D, MT> keys, values;
   keys.load(shared.keys, warpRow);
   values.load(shared.values, warpRow);
@@ -316,14 +315,14 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kTileThreads) keysKernel(TensorCoreCall call) {
   }
   if (idle) return;
   const int row = firstRow + warpRow, count = chunk.rows - warpRow;
-  if (call.splits > 1) {
+  if (p.heads.splits > 1) {
     const HeadRows<float> partial = partialOf<D>(call, split);
     storePartial<D, MT>(dk, partial.at(row, 2 * keyHead), partial.rowStride, count);
     storePartial<D, MT>(dv, partial.at(row, 2 * keyHead + 1), partial.rowStride, count);
     return;
   }
   float factor[MT][2];
-  KG_UNROLL for (int m = 0; m < MT; m++) factor[m][0] = factor[m][1] = p.scale;
+  KG_UNROLL for (int m = 0; m < MT; m++) factor[m][0] = factor[m][1] = static_cast<float>(p.scale);
   storeRows<D, MT>(dk, factor, shared.keys, warpRow, p.dk, row, keyHead, count);
   KG_UNROLL for (int m = 0; m < MT; m++) factor[m][0] = factor[m][1] = 1;
   storeRows<D, MT>(dv, factor, shared.values, warpRow, p.dv, row, keyHead, count);
@@ -342,11 +341,11 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kSumThreads) sumKernel(TensorCoreCall call) {
   KG_UNROLL for (int at = 4 * laneId(); at < 2 * D; at += 4 * kWarp) {  // dk, then dv
     Pack<float, 4> sum{};
     const float* from = partialOf<D>(call, 0).at(row, 2 * keyHead) + at;
-    for (int split = 0; split < call.splits; split++) {
+    for (int split = 0; split < p.heads.splits; split++) {
       const Pack<float, 4> x = loadPack<float, 4>(from + split * splitStride);
       KG_UNROLL for (int i = 0; i < 4; i++) sum.v[i] += x.v[i];
     }
-    const float f = at < D ? p.scale : 1.0f;
+    const float f = at < D ? static_cast<float>(p.scale) : 1.0f;
     bf16* to = at < D ? p.dk.at(row, keyHead) + at : p.dv.at(row, keyHead) + (at - D);
     storePack<uint32_t, 2>(reinterpret_cast<uint32_t*>(to),
                            {{packBf16(sum.v[0] * f, sum.v[1] * f), packBf16(sum.v[2] * f, sum.v[3] * f)}});
@@ -362,21 +361,22 @@ int splitsOf(const Heads& heads) {
 }
 
 template <int D, int QueryMT, int KeyMT, int NQ>
-void enqueue(const Call& call, const Backward<bf16>& p) {
+void enqueue(const Call& call, TensorCoreCall on) {
   using Queries = QueriesShared<D, QueryMT>;
   using Keys = KeysShared<D, KeyMT>;
-  TensorCoreCall on{p, nullptr, nullptr, splitsOf(p.heads)};
-  const int64_t rows = p.heads.rows;
-  const size_t statsBytes = roundUp(rows * p.heads.query * sizeof(RowStats), 64);
-  const size_t partialBytes = on.splits > 1 ? rows * on.splits * p.heads.key * 2 * D * sizeof(float) : 0;
+  Heads& heads = on.p.heads;
+  heads.splits = splitsOf(heads);
+  const int64_t rows = heads.rows, keyBlocks = static_cast<int64_t>(heads.key) * heads.splits;
+  const int64_t statsBytes = roundUp(rows * heads.query * sizeof(RowStats), 64);
+  const int64_t partialBytes = heads.splits > 1 ? rows * keyBlocks * 2 * D * sizeof(float) : 0;
   char* memory = static_cast<char*>(scratch(call, statsBytes + partialBytes));
   on.stats = reinterpret_cast<RowStats*>(memory);
   on.partial = reinterpret_cast<float*>(memory + statsBytes);
-  const int64_t querySlots = slotsFor(p.segments, Queries::kRows), keySlots = slotsFor(p.segments, Keys::kRows);
-  launch(call, {gridOf(querySlots * p.heads.query), kTileThreads, sizeof(Queries)}, queriesKernel<D, QueryMT>, on);
-  launch(call, {gridOf(keySlots * p.heads.key * on.splits), kTileThreads, sizeof(Keys)}, keysKernel<D, KeyMT, NQ>, on);
-  if (on.splits > 1)
-    launch(call, {gridOf(ceilDiv(rows * p.heads.key, kSumThreads / kWarp)), kSumThreads}, sumKernel<D>, on);
+  const int64_t querySlots = slotsFor(on.p.segments, Queries::kRows), keySlots = slotsFor(on.p.segments, Keys::kRows);
+  launch(call, {gridOf(querySlots * heads.query), kTileThreads, sizeof(Queries)}, queriesKernel<D, QueryMT>, on);
+  launch(call, {gridOf(keySlots * keyBlocks), kTileThreads, sizeof(Keys)}, keysKernel<D, KeyMT, NQ>, on);
+  if (heads.splits > 1)
+    launch(call, {gridOf(ceilDiv(rows * heads.key, kSumThreads / kWarp)), kSumThreads}, sumKernel<D>, on);
 }
 
 template <class T>
@@ -393,7 +393,8 @@ void backward(const Call& call) {
   if constexpr (sizeof(T) == sizeof(bf16)) {
     bool aligned = p.heads.D == 64 || p.heads.D == 128;
     for (int i = 0; i < 8; i++) aligned = aligned && alignedRows(call[i]);
-    if (aligned) return p.heads.D == 64 ? enqueue<64, 2, 2, 32>(call, p) : enqueue<128, 1, 1, 64>(call, p);
+    const TensorCoreCall on{p, nullptr, nullptr};
+    if (aligned) return p.heads.D == 64 ? enqueue<64, 2, 2, 32>(call, on) : enqueue<128, 1, 1, 64>(call, on);
   }
   backwardGeneral(call, p);
 }

@@ -15,7 +15,7 @@ struct Backward {
   RowMap rowMap;
   SegmentTable segments;  // of the cotangent rows
   Heads heads;            // heads.rows: cotangent rows
-  compute_t<T> scale;
+  double scale;
   FaultSink faults;
 };
 
@@ -39,7 +39,7 @@ void readSide(const char* op, const Call& call, const Places& at, Backward<T>& p
          (long long)p.heads.rows);
   p.rowMap = RowMap::of(map, primalRows);
   p.segments = checkedSegments(op, own.present() ? own : call[at.segments], p.heads.rows);
-  p.scale = static_cast<compute_t<T>>(call.attr(0));
+  p.scale = call.attr(0);
   p.dq = HeadRows<T>::of(call[at.dq]);
   p.dk = HeadRows<T>::of(call[at.dq + 1]);
   p.dv = HeadRows<T>::of(call[at.dq + 2]);

@@ -12,7 +12,7 @@ struct Forward {
   compute_t<T>* lse;  // [T, Hq]
   SegmentTable segments;
   Heads heads;
-  compute_t<T> scale;
+  double scale;
   FaultSink faults;
 };
 

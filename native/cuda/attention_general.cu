@@ -73,7 +73,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) forwardGeneralKernel(Forward<T>
   const KeyRows keyOf = keyRows(p.segments, p.segments[chunk.segment]);
   const int firstRow = keyOf.ownStart + chunk.row, firstKey = keyOf.parentLength + chunk.row;
   const int end = firstKey + chunk.rows;
-  fillTile<Tile>(queries, p.q, head, D, chunk.rows, p.scale, [&](int r) { return firstRow + r; });
+  fillTile<Tile>(queries, p.q, head, D, chunk.rows, static_cast<C>(p.scale), [&](int r) { return firstRow + r; });
   RowState<C, Tile, Columns> state;
   state.sums.clear();
   KG_UNROLL for (int i = 0; i < Tile / kSide; i++) {

@@ -59,7 +59,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) queriesGeneralKernel(GeneralCal
   const int firstRow = keyOf.ownStart + chunk.row, firstKey = keyOf.parentLength + chunk.row;
   const int end = firstKey + chunk.rows;
   const auto queryRow = [&](int r) { return p.rowMap(firstRow + r, p.faults); };
-  fillTile<Tile>(queries, p.q, head, D, chunk.rows, p.scale, queryRow);
+  fillTile<Tile>(queries, p.q, head, D, chunk.rows, static_cast<C>(p.scale), queryRow);
   fillTile<Tile>(douts, p.dout, head, D, chunk.rows, C(1), [&](int r) { return firstRow + r; });
   fillTile<Tile>(at.passing, p.out, head, D, chunk.rows, C(1), queryRow);
   syncThreads();
@@ -67,7 +67,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) queriesGeneralKernel(GeneralCal
   rowProducts<C, Tile>(delta, douts, at.passing, D);
   KG_UNROLL for (int i = 0; i < M; i++) {
     const int r = threadRow() + kSide * i;
-    factor[i] = p.scale;
+    factor[i] = static_cast<C>(p.scale);
     lse[i] = INFINITY;
     if (r >= chunk.rows) continue;
     const int64_t primal = queryRow(r);
@@ -126,7 +126,7 @@ KG_DEVICE void visitQueries(const GeneralCall<T>& call, const Tiles<compute_t<T>
   }
   Square<C, Tile> s, ds;
   syncThreads();
-  fillTile<Tile>(at.passing, p.q, head, D, count, p.scale, queryRow);
+  fillTile<Tile>(at.passing, p.q, head, D, count, static_cast<C>(p.scale), queryRow);
   syncThreads();
   product(s, at.first, at.passing, D);
   KG_UNROLL for (int i = 0; i < M; i++) KG_UNROLL for (int j = 0; j < M; j++) {
@@ -143,7 +143,7 @@ KG_DEVICE void visitQueries(const GeneralCall<T>& call, const Tiles<compute_t<T>
       s.v[i][j] * (ds.v[i][j] - delta[j]);
   share(ds, at.square);
   syncThreads();
-  fillTile<Tile>(at.passing, p.q, head, D, count, p.scale, queryRow);
+  fillTile<Tile>(at.passing, p.q, head, D, count, static_cast<C>(p.scale), queryRow);
   syncThreads();
   accumulate(sums.dk, at.square, at.passing, D);
 }
