@@ -2,11 +2,10 @@
 // that says what and where; and the twins of collectives compute what the PTX ISA says.
 import { join } from 'node:path';
 import { beforeAll, describe, expect, test } from 'vitest';
-import { BUILD_TIMEOUT, type Finished, missingCompiler, run, simtBuild } from './support.js';
+import { BUILD_TIMEOUT, type Environment, type Finished, missingCompiler, run, simtBuild } from './support.js';
 
 let folder = '';
-const fault = (name: string, env: Record<string, string> = {}): Promise<Finished> =>
-  run(join(folder, 'simt-faults'), [name], env);
+const fault = (name: string, env: Environment = {}): Promise<Finished> => run(join(folder, 'simt-faults'), [name], env);
 
 /** Ends the process, with a message. */
 const findings: Record<string, RegExp> = {
@@ -71,7 +70,7 @@ const races = [
   ['atomic sum of blocks', 'race between blocks'],
 ] as const;
 
-const schedules = [
+const schedules: readonly Environment[] = [
   { KEELGRAD_SIMT_SCHEDULE: 'ascending', KEELGRAD_SIMT_COPIES: 'late' },
   { KEELGRAD_SIMT_SCHEDULE: 'ascending', KEELGRAD_SIMT_COPIES: 'early' },
   { KEELGRAD_SIMT_SCHEDULE: 'descending' },
@@ -86,8 +85,8 @@ async function results(name: string): Promise<Set<string>> {
 }
 
 describe.skipIf(missingCompiler)(`the SIMT layer (${missingCompiler ?? 'built'})`, () => {
-  beforeAll(() => {
-    folder = simtBuild();
+  beforeAll(async () => {
+    folder = await simtBuild();
   }, BUILD_TIMEOUT);
 
   test.for(Object.entries(findings))('finds: %s', async ([name, message]) => {

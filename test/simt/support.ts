@@ -3,6 +3,7 @@
 import { spawn, spawnSync } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join, resolve } from 'node:path';
+import { beforeAll, describe } from 'vitest';
 
 export const root = resolve(import.meta.dirname, '..', '..');
 
@@ -23,9 +24,7 @@ export const missingCompiler: string | undefined = ['c++', 'cmake']
   .map((tool) => `the SIMT layer needs ${tool}`)
   .at(0);
 
-const sleep = (milliseconds: number): void => {
-  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, milliseconds);
-};
+const sleep = (milliseconds: number): Promise<void> => new Promise((done) => setTimeout(done, milliseconds));
 
 const alive = (pid: number): boolean => {
   try {
@@ -37,36 +36,39 @@ const alive = (pid: number): boolean => {
 };
 
 /** Runs `f` while no other process of this checkout does. */
-function exclusively<T>(lock: string, f: () => T): T {
+async function exclusively<T>(lock: string, f: () => Promise<T>): Promise<T> {
   for (;;) {
     try {
       mkdirSync(lock);
       break;
     } catch {
-      sleep(200);
+      await sleep(200);
       const owner = Number(readFileSync(join(lock, 'pid'), { encoding: 'utf8', flag: 'a+' }));
       if (owner > 0 && !alive(owner)) rmSync(lock, { recursive: true, force: true });
     }
   }
   try {
     writeFileSync(join(lock, 'pid'), String(process.pid));
-    return f();
+    return await f();
   } finally {
     rmSync(lock, { recursive: true, force: true });
   }
 }
 
-/** The folder of the build, brought up to date. KEELGRAD_SIMT_BUILD names one that is taken as it is. */
-export function simtBuild(sanitizer: Sanitizer = ''): string {
-  const given = process.env.KEELGRAD_SIMT_BUILD;
-  if (given && sanitizer === '') return resolve(given);
-  const folder = join(root, 'build', folders[sanitizer]);
+/** Where the build is, or will be. KEELGRAD_SIMT_BUILD names one that is taken as it is. */
+const folderOf = (sanitizer: Sanitizer): string =>
+  (sanitizer === '' && process.env.KEELGRAD_SIMT_BUILD) || join(root, 'build', folders[sanitizer]);
+
+/** Brings the build up to date; returns its folder. */
+export async function simtBuild(sanitizer: Sanitizer = ''): Promise<string> {
+  const folder = resolve(folderOf(sanitizer));
+  if (sanitizer === '' && process.env.KEELGRAD_SIMT_BUILD) return folder;
   mkdirSync(join(root, 'build'), { recursive: true });
   const args = [join(root, 'scripts', 'build-simt.mjs'), '--out', folder, '--sanitize', sanitizer];
-  const { status, stdout, stderr } = exclusively(`${folder}.lock`, () =>
-    spawnSync(process.execPath, args, { cwd: root, encoding: 'utf8' }),
-  );
-  if (status !== 0) throw new Error(`build-simt failed\n${stdout.slice(-4000)}${stderr.slice(-4000)}`);
+  // One build at a time: two would only share the cores.
+  const lock = join(root, 'build', 'simt.lock');
+  const { code, stdout, stderr } = await exclusively(lock, () => run(process.execPath, args));
+  if (code !== 0) throw new Error(`build-simt failed\n${stdout.slice(-4000)}${stderr.slice(-4000)}`);
   return folder;
 }
 
@@ -80,11 +82,15 @@ export const simtEnvironment = (folder: string): Environment => ({
   KEELGRAD_DIRECT_ALLOCATION: '1',
 });
 
-/** Makes this process one on the SIMT layer; before anything loads the native layer. False where that cannot be built. */
-export function useSimt(more: Environment = {}): boolean {
-  if (missingCompiler) return false;
-  Object.assign(process.env, simtEnvironment(simtBuild()), more);
-  return true;
+/** A suite on the SIMT layer in this process: other test files, imported by `body`. Call once a file, before anything else. */
+export function describeOnSimt(name: string, env: Environment, body: () => Promise<unknown>): void {
+  Object.assign(process.env, simtEnvironment(resolve(folderOf(''))), env);
+  describe.skipIf(missingCompiler)(`${name} (${missingCompiler ?? 'SIMT layer'})`, async () => {
+    beforeAll(async () => {
+      await simtBuild();
+    }, BUILD_TIMEOUT);
+    if (!missingCompiler) await body();
+  });
 }
 
 export interface Finished {
