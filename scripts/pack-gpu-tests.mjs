@@ -39,7 +39,7 @@ function listed() {
 
 /** JavaScript of the tests and of all that they import, file by file, so that import.meta means what it did. */
 async function bundle(app, tests) {
-  const bench = ['bench/gpu/main.mjs'].filter((file) => existsSync(join(root, file)));
+  const bench = ['bench/gpu/main.mjs', 'bench/gpu/child.mjs'].filter((file) => existsSync(join(root, file)));
   const build = await rolldown({
     cwd: root,
     input: [...tests, 'test/gpu/runner/main.ts', 'test/gpu/runner/worker.ts', ...bench],

@@ -64,6 +64,8 @@ async function main() {
       rows.push({ section: name, name: 'failed', ours: '', met: false, note: error.message.split('\n')[0] });
       console.error(error);
     }
+    // Tiny sizes reach and miss no goals.
+    if (options.tiny) for (const row of rows.slice(before)) if (row.name !== 'failed') row.met = undefined;
     for (const section of new Set(rows.slice(before).map((r) => r.section)))
       printSection(
         section,

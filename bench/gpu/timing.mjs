@@ -1,7 +1,8 @@
 // Times of work on a device, and of the same work at the peer. A sample is many runs between two synchronizations by the host's
 // clock, so launches overlap with the work before them as in training; what is told is the median of samples.
+import { spawnSync } from 'node:child_process';
 import { performance } from 'node:perf_hooks';
-import { memory, synchronize, trimMemory } from '../../src/tensor/storage.js';
+import { synchronize } from '../../src/tensor/storage.js';
 
 const now = () => performance.now() / 1e3;
 
@@ -21,13 +22,11 @@ export function timeDevice(device, run, { seconds = 0.2, samples = 5, warmup = 3
   return times[samples >> 1];
 }
 
-/** Bytes that the device holds more after `run` than before: scratch memory and temporaries, from an empty cache. */
-export function memoryOf(device, run) {
-  trimMemory(device);
-  const before = memory(device).reserved;
-  run();
-  synchronize(device);
-  return memory(device).reserved - before;
+/** Bytes in use on the first GPU, by whomever, as its driver counts them; undefined where there is no nvidia-smi. */
+export function deviceBytes() {
+  const query = ['--query-gpu=memory.used', '--format=csv,noheader,nounits', '--id=0'];
+  const { status, stdout } = spawnSync('nvidia-smi', query, { encoding: 'utf8' });
+  return status === 0 ? Number(stdout) * 2 ** 20 : undefined;
 }
 
 export function formatTime(s) {
