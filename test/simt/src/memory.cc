@@ -21,7 +21,10 @@ constexpr size_t kPage = 4096;
 constexpr size_t kGap = 16 * kPage;   // without rights, after each allocation
 constexpr size_t kAlignment = 256;    // as cudaMalloc's
 constexpr int kUnknown = 0xff;        // NaN as float, bfloat16 and double; -1 as an integer
-constexpr size_t kRange = size_t{128} << 30;
+constexpr size_t kZone = size_t{64} << 30;
+constexpr size_t kRange = 2 * kZone;
+// Changing the rights of so many pages at every wait would cost more than all kernels: large allocations stay open.
+constexpr size_t kLarge = size_t{1} << 20;
 constexpr size_t kRemembered = 1024;  // freed allocations that messages still know
 
 // Between allocations lies a file of no bytes: whoever goes there gets SIGBUS whatever the rights, so that one call can
@@ -36,7 +39,8 @@ size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 // Never destroyed: threads of the process may outlive static objects.
 struct Device {
   std::mutex mutex;
-  char *base = nullptr, *next = nullptr;
+  char* base = nullptr;
+  char* next[2] = {};  // of the zones of small and of large allocations
   std::map<char*, Allocation> live;  // by region
   std::deque<Allocation> freed;
   std::map<char*, size_t> pinned;
@@ -63,17 +67,17 @@ void reserveRange(Device& d) {
   void* memory = mmap(wanted, kRange, PROT_NONE, flags, emptyFile(), 0);
   if (memory == MAP_FAILED) finding("no address space for device memory");
   d.base = static_cast<char*>(memory);
-  d.next = d.base + kGap;
+  for (int zone = 0; zone < 2; zone++) d.next[zone] = d.base + zone * kZone + kGap;
   watchFaults();
 }
 
 // Addresses are used again only once the range is used up, so that pointers into freed memory stay bad for long.
-char* place(Device& d, size_t bytes) {
-  char* at = d.next;
+char* place(Device& d, int zone, size_t bytes) {
+  char *const begin = d.base + zone * kZone, *at = d.next[zone];
   for (int laps = 0;;) {
-    if (at + bytes > d.base + kRange) {
+    if (at + bytes > begin + kZone) {
       if (++laps > 1) return nullptr;
-      at = d.base + kGap;
+      at = begin + kGap;
     }
     auto after = d.live.lower_bound(at + bytes);
     if (after == d.live.begin()) return at;
@@ -96,10 +100,12 @@ void abandon(Device& d, const Allocation& a) {
        emptyFile(), a.region - d.base);
 }
 
+// Of the small allocations.
 void setAllRights(const Device& d, int rights) {
-  if (d.live.empty()) return;
+  const auto end = d.live.lower_bound(d.base + kZone);
+  if (end == d.live.begin()) return;
   char* from = d.live.begin()->second.region;
-  mprotect(from, static_cast<size_t>(d.live.rbegin()->second.regionEnd - from), rights);
+  mprotect(from, static_cast<size_t>(std::prev(end)->second.regionEnd - from), rights);
 }
 
 // The live allocation whose region holds `at`, or the nearest below it.
@@ -127,7 +133,8 @@ void* allocateDevice(size_t bytes) {
   if (!d.base) reserveRange(d);
   if (bytes > settings().memory || d.inUse + bytes > settings().memory) return nullptr;
   const size_t padded = roundUp(bytes, kAlignment), pages = roundUp(padded, kPage);
-  char* region = place(d, pages + kGap);
+  const int zone = bytes >= kLarge ? 1 : 0;
+  char* region = place(d, zone, pages + kGap);
   if (!region) return nullptr;
   char* begin = region + pages - padded;  // the end against the gap
   const Allocation a{region, begin, begin + bytes, region + pages, d.serial++};
@@ -136,9 +143,9 @@ void* allocateDevice(size_t bytes) {
   fill(region, kUnknown, pages);
   poison(region, static_cast<size_t>(begin - region));
   poison(a.end, static_cast<size_t>(a.regionEnd - a.end));
-  if (settings().protect && d.open == 0) mprotect(region, pages, PROT_NONE);
+  if (settings().protect && d.open == 0 && zone == 0) mprotect(region, pages, PROT_NONE);
   d.live.emplace(region, a);
-  d.next = a.regionEnd + kGap;
+  d.next[zone] = a.regionEnd + kGap;
   d.inUse += bytes;
   return begin;
 }
