@@ -15,6 +15,7 @@ describeOnSimt('runtime of a CUDA device', env, async () => {
   await import('../native/cuda-status.test.js');
   await import('../native/cuda-transfer.test.js');
   await import('../native/cuda-process.test.js');
+  await import('../native/cuda-command.test.js');
   await import('../ops/errors.test.js');
   await import('../gpu/out-of-memory.test.js');
   await import('../gpu/leak.test.js');
