@@ -18,7 +18,7 @@ namespace simt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kGap = 16 * kPage;   // without rights, after each allocation
+constexpr size_t kGap = 8 * kPage;    // without rights, after each allocation
 constexpr size_t kAlignment = 256;    // as cudaMalloc's
 constexpr int kUnknown = 0xff;        // NaN as float, bfloat16 and double; -1 as an integer
 constexpr size_t kZone = size_t{64} << 30;
@@ -34,13 +34,20 @@ struct Allocation {
   size_t serial;
 };
 
+// Addresses are used again only after all others of the window, so that pointers into freed memory stay bad for long.
+// A window that is full grows; a small one is quick to change the rights of.
+struct Zone {
+  char *begin, *next;
+  size_t window;
+};
+
 size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 // Never destroyed: threads of the process may outlive static objects.
 struct Device {
   std::mutex mutex;
   char* base = nullptr;
-  char* next[2] = {};  // of the zones of small and of large allocations
+  Zone zones[2];  // small and large allocations
   std::map<char*, Allocation> live;  // by region
   std::deque<Allocation> freed;
   std::map<char*, size_t> pinned;
@@ -67,17 +74,20 @@ void reserveRange(Device& d) {
   void* memory = mmap(wanted, kRange, PROT_NONE, flags, emptyFile(), 0);
   if (memory == MAP_FAILED) finding("no address space for device memory");
   d.base = static_cast<char*>(memory);
-  for (int zone = 0; zone < 2; zone++) d.next[zone] = d.base + zone * kZone + kGap;
+  d.zones[0] = {d.base, d.base + kGap, size_t{64} << 20};
+  d.zones[1] = {d.base + kZone, d.base + kZone + kGap, kZone};
   watchFaults();
 }
 
-// Addresses are used again only once the range is used up, so that pointers into freed memory stay bad for long.
-char* place(Device& d, int zone, size_t bytes) {
-  char *const begin = d.base + zone * kZone, *at = d.next[zone];
+char* place(Device& d, Zone& zone, size_t bytes) {
+  char* at = zone.next;
   for (int laps = 0;;) {
-    if (at + bytes > begin + kZone) {
-      if (++laps > 1) return nullptr;
-      at = begin + kGap;
+    if (at + bytes > zone.begin + zone.window) {
+      if (++laps > 1) {
+        if (zone.window == kZone) return nullptr;
+        zone.window *= 2;
+      }
+      at = zone.begin + kGap;
     }
     auto after = d.live.lower_bound(at + bytes);
     if (after == d.live.begin()) return at;
@@ -133,7 +143,8 @@ void* allocateDevice(size_t bytes) {
   if (!d.base) reserveRange(d);
   if (bytes > settings().memory || d.inUse + bytes > settings().memory) return nullptr;
   const size_t padded = roundUp(bytes, kAlignment), pages = roundUp(padded, kPage);
-  const int zone = bytes >= kLarge ? 1 : 0;
+  const bool large = bytes >= kLarge;
+  Zone& zone = d.zones[large];
   char* region = place(d, zone, pages + kGap);
   if (!region) return nullptr;
   char* begin = region + pages - padded;  // the end against the gap
@@ -143,9 +154,9 @@ void* allocateDevice(size_t bytes) {
   fill(region, kUnknown, pages);
   poison(region, static_cast<size_t>(begin - region));
   poison(a.end, static_cast<size_t>(a.regionEnd - a.end));
-  if (settings().protect && d.open == 0 && zone == 0) mprotect(region, pages, PROT_NONE);
+  if (settings().protect && d.open == 0 && !large) mprotect(region, pages, PROT_NONE);
   d.live.emplace(region, a);
-  d.next[zone] = a.regionEnd + kGap;
+  zone.next = a.regionEnd + kGap;
   d.inUse += bytes;
   return begin;
 }
@@ -233,13 +244,14 @@ std::string describeAddress(const void* address) {
   std::unique_lock<std::mutex> lock(d.mutex, std::try_to_lock);  // called from a signal handler as well
   const char* at = static_cast<const char*>(address);
   char text[160];
-  for (auto a = d.freed.rbegin(); a != d.freed.rend(); ++a)
-    if (at >= a->region && at < a->regionEnd) {
-      snprintf(text, sizeof text, "byte %td of allocation %zu of %td bytes, which was freed", at - a->begin, a->serial,
-               a->end - a->begin);
+  const Allocation* a = liveAt(d, at);
+  const bool isLive = a && at < a->regionEnd;
+  for (auto f = d.freed.rbegin(); f != d.freed.rend() && !isLive; ++f)
+    if (at >= f->region && at < f->regionEnd) {
+      snprintf(text, sizeof text, "byte %td of allocation %zu of %td bytes, which was freed", at - f->begin, f->serial,
+               f->end - f->begin);
       return text;
     }
-  const Allocation* a = liveAt(d, at);
   if (!a) return "before any allocation";
   const char* where = at < a->begin ? "before" : at < a->end ? "inside" : "after the end of";
   const ptrdiff_t distance = at < a->begin ? a->begin - at : at < a->end ? at - a->begin : at - a->end;
