@@ -68,7 +68,7 @@ describe.skipIf(!device)('between devices (needs a GPU: KEELGRAD_TEST_DEVICES=cu
   });
 
   test('long copies pass in parts, and what is written meanwhile waits', async () => {
-    const count = 1_100_000; // more than a block of pinned memory
+    const count = 2_200_000; // four parts: a block of pinned memory has 4 MiB
     const values = numbers(count);
     const [x, y] = scope(() => {
       const t = Tensor.from(values, { device: there });

@@ -5,7 +5,7 @@ import '../../src/ops/methods.js';
 import { grad } from '../../src/autograd/transforms.js';
 import { launch } from '../../src/native/launch.js';
 import { addInPlace } from '../../src/ops/elementwise.js';
-import { copyInto, zeros } from '../../src/ops/movement.js';
+import { concat, copyInto, zeros } from '../../src/ops/movement.js';
 import { scope } from '../../src/tensor/scope.js';
 import { memory, setDefaultDevice, synchronize } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
@@ -47,6 +47,50 @@ describe.each(testDevices())('on %s', (device) => {
       scope(() => {
         const bad = failing(table()).mul(2).add(1).sum();
         expect(() => bad.item()).toThrow('[gatherRows]');
+      });
+    });
+
+    test('reach what depends on them also when they are told of before it is read', () => {
+      scope(() => {
+        const x = table();
+        const bad = failing(x);
+        const [dependent, sound] = [bad.mul(2).add(1), x.mul(2).add(1)];
+        const joined = concat([x, dependent]);
+        expect(() => synchronize()).toThrow('[gatherRows]');
+        for (let i = 0; i < 2; i++) {
+          for (const t of [dependent, joined, bad]) expect(() => t.dataSync()).toThrow('[gatherRows]');
+          expect([...sound.dataSync()]).toEqual([3, 5, 7, 9]);
+        }
+      });
+    });
+
+    test('end where a tensor is overwritten before anybody is told', () => {
+      scope(() => {
+        const x = table();
+        const [bad, part] = [failing(x), failing(x)];
+        const early = bad.mul(2);
+        bad.write([5, 6]);
+        part.slice(1, 0, 1).write([5]);
+        const late = bad.mul(2);
+        expect(() => synchronize()).toThrow('[gatherRows]');
+        expect(() => early.dataSync()).toThrow('[gatherRows]');
+        expect(() => part.dataSync()).toThrow('[gatherRows]');
+        expect([[...bad.dataSync()], [...late.dataSync()]]).toEqual([
+          [5, 6],
+          [10, 12],
+        ]);
+      });
+    });
+
+    test('of several ops are each told of', () => {
+      scope(() => {
+        const x = table();
+        const [first, second] = [
+          x.gatherRows(Tensor.from(Int32Array.of(9))),
+          x.gatherRows(Tensor.from(Int32Array.of(8))),
+        ];
+        expect(() => first.dataSync()).toThrow('found 9');
+        expect(() => second.dataSync()).toThrow('found 8');
       });
     });
 
