@@ -22,10 +22,17 @@ let trace = '';
 /** The cases' names before the first report, and the report. */
 function report({ code, signal, stdout, stderr }: Finished): string {
   const lines = stderr.split('\n');
-  const at = lines.findIndex((line) => /WARNING: |ERROR: |runtime error: |^simt: |^different: /.test(line));
+  const at = lines.findIndex((line) => /WARNING: |ERROR: |runtime error: |^simt: |^failed: /.test(line));
   const label = lines.slice(0, Math.max(at, 0)).findLast((line) => line.startsWith('case: '));
   return [`exit ${code ?? signal}: ${stdout.trim()}`, label, ...lines.slice(Math.max(at, 0), at + 30)].join('\n');
 }
+
+/** Which cases: the race detector is slow, and float64 runs the same code as float32. */
+const labels: Readonly<Record<Sanitizer, string>> = {
+  '': '',
+  'address,undefined': '',
+  thread: '(float32|bfloat16)$',
+};
 
 const options = {
   ASAN_OPTIONS: 'detect_leaks=0:abort_on_error=1',
@@ -61,9 +68,11 @@ describe.skipIf(missingCompiler)(`sanitizers on CUDA kernels (${missingCompiler 
 
     test('every small op case', { timeout: 300_000 }, async () => {
       const env = { ...options, KEELGRAD_CUBLAS: build, KEELGRAD_DIRECT_ALLOCATION: '1' };
-      const result = await run(join(build, 'simt-replay'), [trace], env);
+      const result = await run(join(build, 'simt-replay'), [trace, labels[sanitizer]], env);
       if (result.code !== 0) throw new Error(report(result));
-      expect(result.stdout).toMatch(/^\d{3,} cases, \d{3,} answers, 0 of them different\n$/);
+      const [, cases, answers, different] = /^(\d+) cases, (\d+) answers, 0 failed, (\d+) with/.exec(result.stdout)!;
+      expect(Number(cases)).toBeGreaterThan(400);
+      expect(Number(different)).toBeLessThan(0.01 * Number(answers));
     });
 
     test('the layer itself', async () => {
@@ -74,7 +83,7 @@ describe.skipIf(missingCompiler)(`sanitizers on CUDA kernels (${missingCompiler 
       '': [],
       'address,undefined': [
         ['write just after a buffer', /AddressSanitizer: use-after-poison/],
-        ['write after a shared array', /AddressSanitizer: use-after-poison/],
+        ['write after a shared array', /runtime error: index 128 out of bounds for type/],
         ['write just after dynamic shared memory', /AddressSanitizer: use-after-poison/],
       ],
       thread: [

@@ -104,17 +104,29 @@ void onFault(int signal, siginfo_t* info, void* context) {
   passOn(signal, info, context);
 }
 
-// A stack overflow leaves no stack for the handler.
-void giveSignalStack() {
-  thread_local bool given = false;
-  if (given) return;
-  given = true;
+// A stack overflow leaves no stack for the handler. Threads that have one of their own (a sanitizer's) keep it.
+struct SignalStack {
   static constexpr size_t kBytes = 128 * 1024;
-  stack_t stack{};
-  stack.ss_sp = malloc(kBytes);  // for the thread's life
-  stack.ss_size = kBytes;
-  sigaltstack(&stack, nullptr);
-}
+  void* memory = nullptr;
+
+  SignalStack() {
+    stack_t present{};
+    sigaltstack(nullptr, &present);
+    if (!(present.ss_flags & SS_DISABLE)) return;
+    memory = malloc(kBytes);
+    stack_t stack{};
+    stack.ss_sp = memory;
+    stack.ss_size = kBytes;
+    sigaltstack(&stack, nullptr);
+  }
+  ~SignalStack() {
+    if (!memory) return;
+    stack_t none{};
+    none.ss_flags = SS_DISABLE;
+    sigaltstack(&none, nullptr);
+    free(memory);
+  }
+};
 
 }  // namespace
 
@@ -143,7 +155,8 @@ std::string functionName(const void* address) {
 }
 
 void watchFaults() {
-  giveSignalStack();
+  thread_local const SignalStack stack;
+  (void)stack;
   static std::once_flag once;
   std::call_once(once, [] {
     struct sigaction action {};
