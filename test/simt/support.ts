@@ -55,14 +55,16 @@ async function exclusively<T>(lock: string, f: () => Promise<T>): Promise<T> {
   }
 }
 
-/** Where the build is, or will be. KEELGRAD_SIMT_BUILD names one that is taken as it is. */
+/** A build that is taken as it is, and those for sanitizers beside it, with -asan and -tsan in their names. */
+const given = process.env.KEELGRAD_SIMT_BUILD;
+
 const folderOf = (sanitizer: Sanitizer): string =>
-  (sanitizer === '' && process.env.KEELGRAD_SIMT_BUILD) || join(root, 'build', folders[sanitizer]);
+  given ? resolve(given + folders[sanitizer].replace('simt', '')) : join(root, 'build', folders[sanitizer]);
 
 /** Brings the build up to date; returns its folder. */
 export async function simtBuild(sanitizer: Sanitizer = ''): Promise<string> {
-  const folder = resolve(folderOf(sanitizer));
-  if (sanitizer === '' && process.env.KEELGRAD_SIMT_BUILD) return folder;
+  const folder = folderOf(sanitizer);
+  if (given) return folder;
   mkdirSync(join(root, 'build'), { recursive: true });
   const args = [join(root, 'scripts', 'build-simt.mjs'), '--out', folder, '--sanitize', sanitizer];
   // One build at a time: two would only share the cores.
@@ -84,7 +86,7 @@ export const simtEnvironment = (folder: string): Environment => ({
 
 /** A suite on the SIMT layer in this process: other test files, imported by `body`. Call once a file, before anything else. */
 export function describeOnSimt(name: string, env: Environment, body: () => Promise<unknown>): void {
-  Object.assign(process.env, simtEnvironment(resolve(folderOf(''))), env);
+  Object.assign(process.env, simtEnvironment(folderOf('')), env);
   describe.skipIf(missingCompiler)(`${name} (${missingCompiler ?? 'SIMT layer'})`, async () => {
     beforeAll(async () => {
       await simtBuild();
