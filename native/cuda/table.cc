@@ -17,6 +17,10 @@ namespace kg::cuda {
 #define KG_REDUCE(name, ...) KG_ROW void kernel_##name(const Call& call);
 #include "ops/all.def"
 
+// The one row without a kernel yet: second derivatives of attention (SPO's regularizer) are an error here that names
+// it.
+__attribute__((weak)) void kernel_attentionTangent(const Call& call);
+
 const KernelTable& kernels() {
   static const KernelTable table = {"CUDA",
                                     {

@@ -107,7 +107,8 @@ class Replay {
 
   void compare(const Record& r) {
     std::string found(static_cast<size_t>(r.numbers[2]), '\0');
-    const kg::Fault fault = stream_->read(&at(r.numbers[0]), static_cast<size_t>(r.numbers[1]), found.data(), found.size());
+    const kg::Fault fault =
+        stream_->read(&at(r.numbers[0]), static_cast<size_t>(r.numbers[1]), found.data(), found.size());
     answers_++;
     if (!fault && found != r.bytes) different_++;
     if (!fault) return;

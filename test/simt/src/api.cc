@@ -79,7 +79,8 @@ bool soundCopy(const void* to, const void* from, size_t bytes, cudaMemcpyKind ki
   const bool wantTo = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
   const bool wantFrom = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
   if (kind != cudaMemcpyDefault && (toDevice != wantTo || fromDevice != wantFrom)) {
-    remark("a copy of kind %d from %s to %s memory", kind, fromDevice ? "device" : "host", toDevice ? "device" : "host");
+    remark("a copy of kind %d from %s to %s memory", kind, fromDevice ? "device" : "host",
+           toDevice ? "device" : "host");
     return false;
   }
   return soundRange(to, bytes, "the target of a copy") && soundRange(from, bytes, "the source of a copy");
@@ -233,7 +234,8 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
-  if (!simt::inDeviceRange(to) || !simt::soundRange(to, bytes, "the target of a memset")) return setError(cudaErrorInvalidValue);
+  if (!simt::inDeviceRange(to) || !simt::soundRange(to, bytes, "the target of a memset"))
+    return setError(cudaErrorInvalidValue);
   return simt::enqueued(simt::enqueue(stream, simt::deviceWork([=] { memset(to, value, bytes); })));
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsync(to, value, bytes, nullptr); }

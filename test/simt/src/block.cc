@@ -73,9 +73,9 @@ struct Block {
   char keys[2], startKey, endKey, fenceKey;
   Thread threads[kMaxThreads];
   Warp warps[kMaxThreads / kLanes];
-  int order[kMaxThreads];             // thread of each position
-  uint64_t ready[kMaxThreads / 64];   // by position
-  int cursor = 0;                     // first in, first out: the position after the last
+  int order[kMaxThreads];            // thread of each position
+  uint64_t ready[kMaxThreads / 64];  // by position
+  int cursor = 0;                    // first in, first out: the position after the last
   std::vector<int> freeStacks;
   int parity = 0;  // of the block, for the race detector
   void* races[2][kMaxThreads] = {};
@@ -90,7 +90,8 @@ Block& block = *new Block;
 bool running = false;
 pthread_t runner;
 
-// ---- switching -------------------------------------------------------------------------------------------------------
+// ---- switching
+// -------------------------------------------------------------------------------------------------------
 void transfer(Flow& from, Flow& to, bool forGood) {
 #if defined(SIMT_ASAN)
   const size_t bytes = &to == &block.host ? block.hostStackBytes : kStackBytes;
@@ -157,7 +158,9 @@ void takeStack(Thread& t) {
     block.freeStacks.pop_back();
   }
   t.flow.bottom = stackBottom(t.flow.stack);
-  prepareContext(t.flow.context, t.flow.bottom, kStackBytes, threadMain);
+  // Tops at different offsets of a page: at the same one, all threads would fight for a few lines of the caches.
+  const size_t shift = static_cast<size_t>(t.flow.stack % 64) * 320 % 4096;
+  prepareContext(t.flow.context, t.flow.bottom, kStackBytes - shift, threadMain);
 }
 
 void giveStack(Thread& t) {
@@ -171,7 +174,8 @@ void start(Flow& from, Thread& t, bool forGood) {
   transfer(from, t.flow, forGood);
 }
 
-// ---- what threads wait for -------------------------------------------------------------------------------------------
+// ---- what threads wait for
+// -------------------------------------------------------------------------------------------
 std::string describe(const Thread& t) {
   const int index = indexOf(t);
   char text[320];
@@ -199,15 +203,15 @@ std::string describeThreads() {
     int to = from;
     while (to + 1 < block.threadCount && describe(block.threads[to + 1]) == what) to++;
     if (!all.empty()) all += "; ";
-    all += (from == to ? "thread " + std::to_string(from)
-                       : "threads " + std::to_string(from) + "-" + std::to_string(to)) +
-           " " + what;
+    all +=
+        (from == to ? "thread " + std::to_string(from) : "threads " + std::to_string(from) + "-" + std::to_string(to)) +
+        " " + what;
     from = to + 1;
   }
   return all;
 }
 
-bool sameSite(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+bool sameSite(Site a, Site b) { return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0); }
 
 void yield() {
   Thread& me = *block.current;
@@ -251,7 +255,8 @@ void threadMain() {
   }
 }
 
-// ---- blocks ----------------------------------------------------------------------------------------------------------
+// ---- blocks
+// ----------------------------------------------------------------------------------------------------------
 void shuffleInts(int* begin, int count) {
   for (int i = count - 1; i > 0; i--) std::swap(begin[i], begin[block.random.below(static_cast<uint32_t>(i + 1))]);
 }
@@ -304,7 +309,8 @@ std::vector<uint32_t> blockOrder(uint64_t count) {
   for (uint64_t i = 0; i < count; i++)
     order[i] = static_cast<uint32_t>(settings().order == Order::Descending ? count - 1 - i : i);
   if (settings().order == Order::Random)
-    for (uint64_t i = count - 1; i > 0; i--) std::swap(order[i], order[block.random.below(static_cast<uint32_t>(i + 1))]);
+    for (uint64_t i = count - 1; i > 0; i--)
+      std::swap(order[i], order[block.random.below(static_cast<uint32_t>(i + 1))]);
   return order;
 }
 
@@ -345,7 +351,8 @@ void beginKernel(const LaunchConfiguration& launch, const std::function<void()>&
   happensBefore(&block.startKey);
 }
 
-// ---- collectives -----------------------------------------------------------------------------------------------------
+// ---- collectives
+// -----------------------------------------------------------------------------------------------------
 void completeWarp(int first) {
   Thread* lanes = &block.threads[first];
   for (int i = 1; i < kLanes; i++)
@@ -481,7 +488,8 @@ void checkAlignment(const void* address, size_t alignment, const char* what, Sit
   finding("%s is not %zu-byte aligned: %p at %s:%d", what, alignment, address, site.file, site.line);
 }
 
-// ---- asynchronous copies ---------------------------------------------------------------------------------------------
+// ---- asynchronous copies
+// ---------------------------------------------------------------------------------------------
 bool deferCopy(const PendingCopy& copy) {
   if (settings().copies == Copies::Early) return false;
   if (settings().copies == Copies::Random && (block.random.next() & 1)) return false;

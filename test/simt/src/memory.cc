@@ -18,9 +18,9 @@ namespace simt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kGap = 8 * kPage;    // without rights, after each allocation
-constexpr size_t kAlignment = 256;    // as cudaMalloc's
-constexpr int kUnknown = 0xff;        // NaN as float, bfloat16 and double; -1 as an integer
+constexpr size_t kGap = 8 * kPage;  // without rights, after each allocation
+constexpr size_t kAlignment = 256;  // as cudaMalloc's
+constexpr int kUnknown = 0xff;      // NaN as float, bfloat16 and double; -1 as an integer
 constexpr size_t kZone = size_t{64} << 30;
 constexpr size_t kRange = 2 * kZone;
 // Changing the rights of so many pages at every wait would cost more than all kernels: large allocations stay open.
@@ -47,7 +47,7 @@ size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 struct Device {
   std::mutex mutex;
   char* base = nullptr;
-  Zone zones[2];  // small and large allocations
+  Zone zones[2];                     // small and large allocations
   std::map<char*, Allocation> live;  // by region
   std::deque<Allocation> freed;
   std::map<char*, size_t> pinned;

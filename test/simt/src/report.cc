@@ -1,5 +1,7 @@
 #include "report.h"
 
+#include <cxxabi.h>
+#include <dlfcn.h>
 #include <elf.h>
 #include <link.h>
 #include <signal.h>
@@ -9,8 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <cxxabi.h>
-#include <dlfcn.h>
 #include <fstream>
 #include <iterator>
 #include <mutex>
@@ -159,7 +159,7 @@ void watchFaults() {
   (void)stack;
   static std::once_flag once;
   std::call_once(once, [] {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = onFault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     for (int i = 0; i < 2; i++) sigaction(kSignals[i], &action, &earlier[i]);

@@ -21,7 +21,7 @@ struct Settings {
 };
 const Settings& settings();
 
-size_t sharedOptinLimit();                          // dynamic shared memory a block may ask for
+size_t sharedOptinLimit();  // dynamic shared memory a block may ask for
 constexpr size_t kStaticSharedLimit = 48 * 1024;
 
 // splitmix64: small, and the same everywhere.

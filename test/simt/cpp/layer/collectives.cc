@@ -20,7 +20,8 @@ void expect(bool holds, const char* what) {
   printf("FAILED: %s\n", what);
 }
 
-// ---- lanes -----------------------------------------------------------------------------------------------------------
+// ---- lanes
+// -----------------------------------------------------------------------------------------------------------
 constexpr int kAnswers = 10;
 KG_GLOBAL void lanes(int64_t* y) {
   const int lane = laneId();
@@ -60,7 +61,8 @@ void testLanes() {
   expect(right, "shuffles and votes");
 }
 
-// ---- atomics ---------------------------------------------------------------------------------------------------------
+// ---- atomics
+// ---------------------------------------------------------------------------------------------------------
 KG_GLOBAL void atomics(int32_t* y) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   atomicAddInt(y, i);
@@ -75,7 +77,8 @@ void testAtomics() {
   expect(hostCopy(y, 5) == std::vector<int32_t>({191 * 192 / 2, 191, 0, 1, 1}), "atomics");
 }
 
-// ---- ldmatrix --------------------------------------------------------------------------------------------------------
+// ---- ldmatrix
+// --------------------------------------------------------------------------------------------------------
 constexpr int kPitch = 24;  // elements between rows
 KG_GLOBAL void loads(const uint16_t* x, uint32_t* y) {
   auto* s = reinterpret_cast<uint16_t*>(dynamicShared());
@@ -107,7 +110,8 @@ void testLoads() {
   expect(rightTransposed, "loadMatrix4Transposed");
 }
 
-// ---- mma: element i of a lane's fragment, PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type" --------
+// ---- mma: element i of a lane's fragment, PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"
+// --------
 struct Place {
   int row, column;
 };
@@ -138,9 +142,11 @@ KG_GLOBAL void multiply(const uint32_t* a, const uint32_t* b, float* d) {
 void testMultiply() {
   float a[16][16], b[16][8], c[16][8];
   for (int i = 0; i < 16; i++)
-    for (int k = 0; k < 16; k++) a[i][k] = static_cast<float>(bf16(0.37f * static_cast<float>((i * 5 + k * 3) % 11 - 5)));
+    for (int k = 0; k < 16; k++)
+      a[i][k] = static_cast<float>(bf16(0.37f * static_cast<float>((i * 5 + k * 3) % 11 - 5)));
   for (int k = 0; k < 16; k++)
-    for (int j = 0; j < 8; j++) b[k][j] = static_cast<float>(bf16(0.21f * static_cast<float>((k * 7 + j * 2) % 13 - 6)));
+    for (int j = 0; j < 8; j++)
+      b[k][j] = static_cast<float>(bf16(0.21f * static_cast<float>((k * 7 + j * 2) % 13 - 6)));
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 8; j++) c[i][j] = static_cast<float>(i * 8 + j);
   std::vector<bf16> fa(32 * 8), fb(32 * 4);
@@ -151,21 +157,23 @@ void testMultiply() {
     for (int i = 0; i < 4; i++) fc[static_cast<size_t>(l * 4 + i)] = c[placeOfC(l, i).row][placeOfC(l, i).column];
   }
   float* d = deviceBuffer(fc);
-  launch(1, 32, 0, multiply, reinterpret_cast<uint32_t*>(deviceBuffer(fa)), reinterpret_cast<uint32_t*>(deviceBuffer(fb)),
-         d);
+  launch(1, 32, 0, multiply, reinterpret_cast<uint32_t*>(deviceBuffer(fa)),
+         reinterpret_cast<uint32_t*>(deviceBuffer(fb)), d);
   const auto found = hostCopy(d, 32 * 4);
   double worst = 0;
   for (int l = 0; l < 32; l++)
     for (int i = 0; i < 4; i++) {
       const Place at = placeOfC(l, i);
       double expected = static_cast<double>(c[at.row][at.column]);
-      for (int k = 0; k < 16; k++) expected += 2.0 * static_cast<double>(a[at.row][k]) * static_cast<double>(b[k][at.column]);
+      for (int k = 0; k < 16; k++)
+        expected += 2.0 * static_cast<double>(a[at.row][k]) * static_cast<double>(b[k][at.column]);
       worst = std::max(worst, std::fabs(static_cast<double>(found[static_cast<size_t>(l * 4 + i)]) - expected));
     }
   expect(worst < 1e-4, "mmaBf16");
 }
 
-// ---- conversions and copies ------------------------------------------------------------------------------------------
+// ---- conversions and copies
+// ------------------------------------------------------------------------------------------
 KG_GLOBAL void convert(uint32_t* y) {
   if (threadIdx.x != 0) return;
   y[0] = packBf16(1.0f, -2.0f);
@@ -197,7 +205,8 @@ void testCopies() {
   expect(hostCopy(y, 256) == expected, "asynchronous copies");
 }
 
-// ---- graphs, events, host functions ------------------------------------------------------------------------------------
+// ---- graphs, events, host functions
+// ------------------------------------------------------------------------------------
 KG_GLOBAL void increment(int32_t* y) { atomicAddInt(y, threadIdx.x == 0 ? 1 : 0); }
 
 void testGraphs() {

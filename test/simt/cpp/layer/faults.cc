@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// ---- memory ----------------------------------------------------------------------------------------------------------
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
 KG_GLOBAL void writeAt(float* x, int64_t at) {
   if (threadIdx.x == 0) x[at] = 1;
 }
@@ -99,7 +100,8 @@ void shared(size_t bytes, void (*kernel)(P...), A... arguments) {
   reportRight(hostCopy(y, kThreads), 1);
 }
 
-// ---- synchronization within a block ----------------------------------------------------------------------------------
+// ---- synchronization within a block
+// ----------------------------------------------------------------------------------
 enum class Missing { Nothing, AfterWrite, BeforeReuse };
 
 // Each thread takes its mirror's value through shared memory, twice.
@@ -210,7 +212,8 @@ void run(K kernel) {
   cudaDeviceSynchronize();
 }
 
-// ---- streams -----------------------------------------------------------------------------------------------------------
+// ---- streams
+// -----------------------------------------------------------------------------------------------------------
 KG_GLOBAL void fillOnes(float* x) { x[threadIdx.x] = 1; }
 KG_GLOBAL void copyAll(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x]; }
 
@@ -254,11 +257,12 @@ void twoStreams(bool sound) {
   reportRight(hostCopy(s.y, kThreads), 1);
 }
 
-// ---- error codes -------------------------------------------------------------------------------------------------------
+// ---- error codes
+// -------------------------------------------------------------------------------------------------------
 void size(dim3 grid, int threads, size_t bytes) {
-  kit::require(simt::launch(grid, dim3(static_cast<unsigned>(threads)), bytes, nullptr, fillOnes,
-                            deviceBuffer<float>(2048)),
-               "launch");
+  kit::require(
+      simt::launch(grid, dim3(static_cast<unsigned>(threads)), bytes, nullptr, fillOnes, deviceBuffer<float>(2048)),
+      "launch");
 }
 void badCopy(size_t bytes, cudaMemcpyKind kind) {
   std::vector<float> host(1024);

@@ -14,7 +14,7 @@
 #define KG_LAUNCH_BOUNDS(...)
 #define KG_UNROLL
 // The tag is one an instantiation, as the array is under nvcc.
-#define KG_SHARED(type, name, count)                       \
+#define KG_SHARED(type, name, count)                        \
   static char name##SharedTag;                              \
   type(&name)[count] = *reinterpret_cast<type(*)[(count)]>( \
       ::simt::sharedArray(&name##SharedTag, sizeof(type) * static_cast<size_t>(count)))
@@ -40,7 +40,8 @@ KG_DEVICE void syncThreads(KG_SIMT_SITE) { simt::barrier({file, line}); }
 KG_DEVICE void syncWarp(KG_SIMT_SITE) { simt::warpBarrier({file, line}); }
 KG_DEVICE void threadFence() { simt::fence(); }
 
-// ---- warp collectives ------------------------------------------------------------------------------------------------
+// ---- warp collectives
+// ------------------------------------------------------------------------------------------------
 template <class T>
 KG_DEVICE T exchangeLanes(T v, int source, simt::Site site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
@@ -73,7 +74,8 @@ KG_DEVICE bool anyLane(bool p, KG_SIMT_SITE) { return simt::vote(p, {file, line}
 KG_DEVICE bool allLanes(bool p, KG_SIMT_SITE) { return simt::vote(p, {file, line}) == 0xffffffffu; }
 KG_DEVICE uint32_t ballot(bool p, KG_SIMT_SITE) { return simt::vote(p, {file, line}); }
 
-// ---- integer atomics (atomic for the race detector as well) ----------------------------------------------------------
+// ---- integer atomics (atomic for the race detector as well)
+// ----------------------------------------------------------
 KG_DEVICE int32_t atomicAddInt(int32_t* at, int32_t v) { return __atomic_fetch_add(at, v, __ATOMIC_RELAXED); }
 KG_DEVICE int32_t atomicMaxInt(int32_t* at, int32_t v) {
   int32_t old = __atomic_load_n(at, __ATOMIC_RELAXED);
@@ -92,7 +94,8 @@ KG_DEVICE int32_t atomicCas(int32_t* at, int32_t expected, int32_t v) {
   return expected;
 }
 
-// ---- asynchronous copies: early, as late as their wait allows, or at random ------------------------------------------
+// ---- asynchronous copies: early, as late as their wait allows, or at random
+// ------------------------------------------
 KG_DEVICE void performCopy(const simt::PendingCopy& copy) {
   if (copy.from)
     memcpy(copy.to, copy.from, 16);
@@ -112,7 +115,8 @@ KG_DEVICE void copyAsyncWait() {
   while (simt::takeCopy(N, &copy)) performCopy(copy);
 }
 
-// ---- tensor cores ----------------------------------------------------------------------------------------------------
+// ---- tensor cores
+// ----------------------------------------------------------------------------------------------------
 KG_DEVICE void loadMatrix4(uint32_t (&r)[4], const void* sharedRow, KG_SIMT_SITE) {
   simt::checkAlignment(sharedRow, 16, "a row of loadMatrix4", {file, line});
   uint16_t row[8];

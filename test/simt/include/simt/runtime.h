@@ -45,7 +45,8 @@ bool deferCopy(const PendingCopy& copy);  // false: to be done at once
 void commitCopies();
 bool takeCopy(int groupsInFlight, PendingCopy* copy);  // the next copy that must be done before a wait for so many ends
 
-// ---- host side -------------------------------------------------------------------------------------------------------
+// ---- host side
+// -------------------------------------------------------------------------------------------------------
 struct LaunchConfiguration {
   dim3 grid, block;
   size_t shared;
