@@ -34,6 +34,11 @@ export {
   type BilevelTerm,
 } from './optim/bilevel/bilevel.js';
 export { descend, type LowerLevelOptions, type LowerSolution, type LowerSolver } from './optim/bilevel/lower-level.js';
+export {
+  type PenaltySchedule,
+  type PenaltyScheduleName,
+  penaltySchedule,
+} from './optim/bilevel/penalty-schedule.js';
 export { clipFactor, nonFinite, sumOfSquares } from './optim/clip.js';
 export { Optimizer, type OptimizerOptions, type ParameterGroup } from './optim/optimizer.js';
 export { type ScheduleName, scheduleFactor } from './optim/schedule.js';

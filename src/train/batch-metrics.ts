@@ -16,6 +16,38 @@ export function averageMetrics(parts: readonly Record<string, number>[]): Record
   return Object.fromEntries(Object.keys(parts[0]).map((name) => [name, mean(parts.map((p) => p[name]))]));
 }
 
+/** What a part of a micro-batch has of each: what its means are taken over. */
+export interface PartSize {
+  pairs: number;
+  /** Tokens of chosen and of rejected responses. */
+  chosen: number;
+  rejected: number;
+}
+
+/** Metrics that are means over tokens. All others are means over pairs. */
+const overTokens: Readonly<Record<string, (size: PartSize) => number>> = {
+  'logits/chosen': (size) => size.chosen,
+  'logits/rejected': (size) => size.rejected,
+  entropy: (size) => size.chosen + size.rejected,
+  mean_token_accuracy: (size) => size.chosen,
+};
+
+/** The metrics of a micro-batch from those of its parts: what `pairMetrics` would say of them together. */
+export function mergePairMetrics(
+  parts: readonly Record<string, number>[],
+  sizes: readonly PartSize[],
+  nllOverTokens: boolean,
+): Record<string, number> {
+  const merged = (name: string): number => {
+    const weigh =
+      overTokens[name] ?? ((size: PartSize) => (name === 'nll_loss' && nllOverTokens ? size.chosen : size.pairs));
+    const whole = sizes.reduce((n, size) => n + weigh(size), 0);
+    return parts.reduce((n, part, i) => n + part[name] * weigh(sizes[i]), 0) / Math.max(whole, 1);
+  };
+  if (parts.length === 1) return parts[0];
+  return Object.fromEntries(Object.keys(parts[0]).map((name) => [name, merged(name)]));
+}
+
 /** Statistics of a batch's targets, on the host. */
 export interface TargetStatistics {
   entropy: HostArray;

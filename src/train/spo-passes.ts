@@ -40,6 +40,8 @@ export interface Part {
   micro: number;
   step: PreferenceStep;
   totals: SftTotals;
+  /** λ in this step. */
+  lambda: number;
 }
 
 /** What a main pass measured: shares of the step's losses, and the metrics of its pairs. */
@@ -66,7 +68,6 @@ interface Scored {
 type Second = ReadonlyMap<string, Tensor> | null;
 
 export interface SpoPassOptions {
-  lambda: number;
   sftReduction: SftReduction;
   /** Whether shared and recorded passes give the adapters λ ∇_φ L_SFT(θ, φ), half of term (b). */
   penalizeAdapters: boolean;
@@ -166,7 +167,7 @@ export class SpoPasses {
   }
 
   /** L_DPO + λ L_SFT at (θ, φ) in one pass: the whole cotangent, nothing kept apart. */
-  plain({ indices, micro, step, totals }: Part): MainPass {
+  plain({ indices, micro, step, totals, lambda }: Part): MainPass {
     const { model, groups, gradients } = this.trainable;
     const batch = this.objective.batch(indices);
     using _ = batch.packed.layout;
@@ -176,7 +177,7 @@ export class SpoPasses {
         const out = pairLogProbs(model, replaceGroups(model.parameters, groups, tracked), batch);
         const dpo = step.loss(micro, out.pairs);
         const sft = this.sftShare(out.pairs.chosenUnweighted ?? out.pairs.chosen, totals);
-        return { ...out, dpo, sft, value: add(dpo, mul(sft, this.options.lambda)) };
+        return { ...out, dpo, sft, value: add(dpo, mul(sft, lambda)) };
       },
       ({ value }) => [{ tensor: value, cotangent: onesLike(value) }],
       { sinks: groups.flatMap((g) => gradients.get(g)!.sinks()) },
@@ -298,7 +299,7 @@ export class SpoPasses {
   /** The derivatives of L_DPO + λ L_SFT and of L_SFT for the log-probability of each sequence, `[2, S]` by group. */
   private coefficients(
     batch: PreferenceBatch,
-    { micro, step, totals }: Part,
+    { micro, step, totals, lambda }: Part,
     { logProbs, statistics }: Scored,
   ): { loss: Tensor; byGroup: ReadonlyMap<GroupName, Tensor> } {
     const { device, dtype } = logProbs;
@@ -313,7 +314,7 @@ export class SpoPasses {
       return Math.min(start - n, tokens.size - 1);
     });
     const preference = reshape(gatherRows(unsqueeze(tokens, 1), Tensor.from(firsts, { device })), [lengths.length]);
-    const penalized = add(preference, mul(sft, this.options.lambda));
+    const penalized = add(preference, mul(sft, lambda));
     const rows = (first: Tensor): Tensor => stack([first, sft]);
     return {
       loss,

@@ -9,46 +9,54 @@ import {
   normCoefficients,
   type RegularizerMethod,
   type RegularizerProblem,
-  regularizerValue,
   requireDifferences,
 } from '../objectives/regularizer.js';
 import type { SftReduction } from '../objectives/sft.js';
 import { spoObjective } from '../objectives/spo.js';
-import { mul } from '../ops/elementwise.js';
-import { firstStep } from '../optim/bilevel/first-step.js';
-import { descend } from '../optim/bilevel/lower-level.js';
-import { sumOfSquares } from '../optim/clip.js';
-import { collected, detachFromScope, scope } from '../tensor/scope.js';
+import { scaleInPlace } from '../ops/elementwise.js';
+import { type PenaltyScheduleName, penaltySchedule } from '../optim/bilevel/penalty-schedule.js';
+import { collected, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
-import { averageMetrics, quiet, total } from './batch-metrics.js';
+import { averageMetrics, mergePairMetrics, quiet, total } from './batch-metrics.js';
 import type { Metrics } from './hooks.js';
 import { PreferenceObjective, type PreferenceSettings, type PreferenceStep } from './preference-objective.js';
 import type { PreferenceReference } from './reference.js';
-import { both, type MainPass, type Part, type SftTotals, SpoPasses, type SpoPassOptions } from './spo-passes.js';
+import { type LowerStep, SpoLowerLevel, type SpoLowerOptions } from './spo-lower.js';
+import { Outcome } from './spo-outcome.js';
+import { both, type Part, type SftTotals, SpoPasses, type SpoPassOptions } from './spo-passes.js';
+import { isFirstOrder, type PenaltyForm } from './spo-rules.js';
 import { TermMeter } from './spo-terms.js';
 import { type GroupName, type StepInput, type StepMeasurement, type Task, type Trainable, tensorsOf } from './task.js';
 
-export type SpoTaskOptions = PreferenceSettings & {
-  lambda: number;
-  gamma: number;
-  lowerSteps: number;
-  lowerLearningRate: number;
-  /** Whose gradients the regularizer's norms run over. */
-  normOver: 'all' | GroupName;
-  sftReduction: SftReduction;
-  /** The regularizer's norms divided by the length of the response: for losses that are normalized by length. */
-  normPerToken?: boolean;
-  /** How ∇R is found: exactly, or by finite differences, one sequence at a time (float32 and float64 only). */
-  regularizerMethod?: RegularizerMethod;
-  /**
-   * How ∇_φ of the penalty (term b) is found: as the difference of the gradients at θ and θ_K, or to first order in the lower
-   * level's step, which nothing cancels in. By default first-order with bfloat16 compute, where the difference drowns in
-   * rounding, else the difference.
-   */
-  penaltyForm?: 'difference' | 'first-order';
-  /** Reports the norms of terms (c) and (e) as well, which cost a pass over the backbone and a buffer of its size. */
-  termNorms?: boolean;
-};
+export type SpoTaskOptions = PreferenceSettings &
+  SpoLowerOptions & {
+    lambda: number;
+    /** How λ gets from 0 to its value over the first steps. */
+    lambdaSchedule?: PenaltyScheduleName;
+    lambdaRampSteps?: number;
+    gamma: number;
+    /** Whose gradients the regularizer's norms run over. */
+    normOver: 'all' | GroupName;
+    sftReduction: SftReduction;
+    /** The regularizer's norms divided by the length of the response: for losses that are normalized by length. */
+    normPerToken?: boolean;
+    /** How ∇R is found: exactly, or by finite differences, one sequence at a time (float32 and float64 only). */
+    regularizerMethod?: RegularizerMethod;
+    /**
+     * How ∇_φ of the penalty (term b) is found: as the difference of the gradients at θ and θ_K, or to first order in the lower
+     * level's step, which nothing cancels in. By default first-order with bfloat16 compute, where the difference drowns in
+     * rounding, else the difference.
+     */
+    penaltyForm?: PenaltyForm;
+    /** Reports the norms of terms (c) and (e) as well, which cost a pass over the backbone and a buffer of its size. */
+    termNorms?: boolean;
+  };
+
+/** Indices by micro-batch and part. */
+type Chunks = readonly (readonly (readonly number[])[])[];
+type Buffers = ReadonlyMap<GroupName, GradientBuffers>;
+
+const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
 
 /** Pairs that a recorded pass keeps in memory at a time: the derivatives of their norms need all of their activations. */
 const PAIRS_AT_A_TIME = 1;
@@ -58,9 +66,13 @@ export class SpoTask implements Task {
   private readonly examples: readonly PreferenceExample[];
   private readonly objective: PreferenceObjective;
   private readonly options: SpoTaskOptions;
-  private readonly masters: () => ReadonlyMap<string, Tensor>;
   private readonly passes: SpoPasses;
   private readonly passOptions: SpoPassOptions;
+  private readonly lower: SpoLowerLevel;
+  /** λ by step. */
+  private readonly lambdaAt: (step: number) => number;
+  /** Whether term (b) is taken to first order. */
+  private readonly firstOrder: boolean;
   /** Groups that the regularizer's norms run over. */
   private readonly normGroups: ReadonlySet<string>;
   private seenTokens = 0;
@@ -80,10 +92,12 @@ export class SpoTask implements Task {
     this.examples = examples;
     this.objective = new PreferenceObjective(trainable.model, examples, reference, options);
     this.options = options;
-    this.masters = masters;
-    const { lambda, sftReduction } = options;
-    this.passOptions = { lambda, sftReduction, penalizeAdapters: options.lowerSteps > 0 && !this.firstOrder };
+    const { lambda, lambdaSchedule, lambdaRampSteps, sftReduction, lowerSteps, penaltyForm } = options;
+    this.lambdaAt = penaltySchedule({ value: lambda, name: lambdaSchedule, rampSteps: lambdaRampSteps });
+    this.firstOrder = isFirstOrder({ dtype: trainable.model.dtype, lowerSteps, penaltyForm });
+    this.passOptions = { sftReduction, penalizeAdapters: lowerSteps > 0 && !this.firstOrder };
     this.passes = new SpoPasses(trainable, examples, this.objective, this.passOptions);
+    this.lower = new SpoLowerLevel(trainable, this.passes, options, masters);
     this.normGroups = new Set(options.normOver === 'all' ? both : [options.normOver]);
     if (options.gamma > 0 && [...this.normGroups].every((g) => !trainable.gradients.get(g as GroupName)?.buffers.size))
       throw new KeelgradError(
@@ -97,31 +111,32 @@ export class SpoTask implements Task {
     return microBatches.flat().map((i) => this.examples[i].index);
   }
 
-  async accumulate({ microBatches }: StepInput): Promise<StepMeasurement> {
-    const { lambda, gamma, regularizerMethod } = this.options;
+  async accumulate({ step: number, microBatches }: StepInput): Promise<StepMeasurement> {
+    const lambda = this.lambdaAt(number);
     const totals = this.sftTotals(microBatches);
+    const lower = { microBatches, totals, lambda };
     const chunks = this.recording ? microBatches.map((m) => chunked(m, PAIRS_AT_A_TIME)) : microBatches.map((m) => [m]);
     const begun = this.begin(chunks.flat());
     const step = begun.result;
-    const parts = chunks.flat().map((indices, micro): Part => ({ indices, micro, step, totals }));
+    const parts = chunks.flat().map((indices, micro): Part => ({ indices, micro, step, totals, lambda }));
     const done = new Outcome();
     try {
       // LD-DPO weighs the tokens of a response: its gradient is none of the sequences'. DPO itself has its own bits.
-      const apart = (this.options.ldAlpha ?? 1) !== 1 || (lambda === 0 && gamma === 0);
-      if (apart) await this.passesApart(parts, microBatches, totals, done);
-      else await this.passesShared(parts, microBatches, totals, done);
-      if (gamma > 0 && regularizerMethod === 'finite-differences') await this.differences(microBatches.flat(), done);
+      const apart = (this.options.ldAlpha ?? 1) !== 1 || (this.options.lambda === 0 && this.options.gamma === 0);
+      if (apart) await this.passesApart(parts, lower, done);
+      else await this.passesShared(parts, lower, done);
     } catch (error) {
       done.dispose();
       throw error;
     } finally {
       begun.release();
     }
-    return { losses: done.losses, metrics: quiet(this.metrics(done, step, chunks)) };
+    return { losses: done.losses, metrics: quiet(this.metrics(done, step, chunks, lambda)) };
   }
 
   dispose(): void {
     this.objective.dispose();
+    this.lower.dispose();
   }
 
   /** The step's loss over its parts, which holds tensors until it is released. */
@@ -132,29 +147,21 @@ export class SpoTask implements Task {
   }
 
   /** L_DPO, L_SFT, the first step of the lower level and the norms from one pass a part; then L*_SFT. */
-  private async passesShared(
-    parts: readonly Part[],
-    microBatches: StepInput['microBatches'],
-    totals: SftTotals,
-    done: Outcome,
-  ): Promise<void> {
-    if (this.options.lowerSteps === 0) return this.mainPasses(parts, null, null, done);
+  private async passesShared(parts: readonly Part[], lower: LowerStep, done: Outcome): Promise<void> {
+    const { lowerSteps, gamma, termNorms = false } = this.options;
+    if (lowerSteps === 0) return this.mainPasses(parts, null, null, done);
     const { model } = this.trainable;
     using theta = new Disposable(new GradientBuffers(model.backbone));
     using phi = new Disposable(new GradientBuffers(model.adapters));
     for (const buffers of [theta.of, phi.of]) buffers.zero();
     const second = new Map([...theta.of.buffers, ...phi.of.buffers]);
-    const meter = new TermMeter(
-      this.trainable,
-      { ...this.passOptions, all: this.options.termNorms ?? false },
-      this.recording,
-    );
+    const weights = { ...this.passOptions, lambda: lower.lambda, all: termNorms };
+    const meter = new TermMeter(this.trainable, weights, gamma > 0);
     try {
       await this.mainPasses(parts, second, meter, done);
       meter.finishMain(second);
-      const gradient = theta.of.buffers;
-      if (this.firstOrder) scope(() => this.penaltyToFirstOrder(gradient, microBatches, totals, done));
-      else scope(() => this.lowerLevelFrom(gradient, microBatches, totals, done));
+      if (this.firstOrder) scope(() => this.penaltyToFirstOrder(theta.of, lower, done));
+      else scope(() => done.star(this.lower.optimum(theta.of, true, lower)));
       meter.finishStep();
       done.terms = quiet(meter.metrics().finally(() => meter.dispose()));
     } catch (error) {
@@ -169,119 +176,43 @@ export class SpoTask implements Task {
     meter: TermMeter | null,
     done: Outcome,
   ): Promise<void> {
+    const regularizer = meter?.regularizer;
     for (const part of parts) {
-      if (this.recording)
-        await this.regularized(part, second, { accumulate: true, regularizer: meter?.regularizer }, done);
+      if (this.recording) await this.regularized(part, second, { accumulate: true, regularizer }, done);
       else done.add(scope(() => this.passes.shared(part, second)));
     }
+    await this.differences(parts, regularizer, done);
   }
 
   /** The order of Algorithm 1: θ̂ and L*_SFT first, then one pass a part with the whole cotangent. */
-  private async passesApart(
-    parts: readonly Part[],
-    microBatches: StepInput['microBatches'],
-    totals: SftTotals,
-    done: Outcome,
-  ): Promise<void> {
+  private async passesApart(parts: readonly Part[], lower: LowerStep, done: Outcome): Promise<void> {
     const { lowerSteps, lambda } = this.options;
-    if (lowerSteps > 0 || lambda > 0) scope(() => this.lowerLevel(microBatches, totals, done));
-    for (const part of parts) done.add(scope(() => this.passes.plain(part)));
+    const buffers = this.trainable.gradients.get('backbone')!;
+    if (this.firstOrder)
+      scope(() => {
+        this.lower.gradient(this.trainable.model.backbone, buffers, lower);
+        this.penaltyToFirstOrder(buffers, lower, done);
+        // What is left in the buffers is ∇_θ L_SFT: term (d), which the passes below then leave out.
+        for (const t of buffers.buffers.values()) scaleInPlace(t, lower.lambda);
+      });
+    else if (lowerSteps > 0 || lambda > 0) {
+      scope(() => done.star(this.lower.optimum(buffers, false, lower)));
+      buffers.zero();
+    }
+    const rest = this.firstOrder ? parts.map((part) => ({ ...part, lambda: 0 })) : parts;
+    for (const part of rest) done.add(scope(() => this.passes.plain(part)));
     if (this.recording) for (const part of parts) await this.regularized(part, null, { accumulate: false }, done);
+    await this.differences(parts, undefined, done);
+  }
+
+  private penaltyToFirstOrder(gradient: GradientBuffers, lower: LowerStep, done: Outcome): void {
+    done.gap = this.lower.firstOrder(gradient.buffers, lower);
   }
 
   /** Whether the main pass is recorded, for exact derivatives of norms. */
   private get recording(): boolean {
     const { gamma, regularizerMethod } = this.options;
     return gamma > 0 && regularizerMethod !== 'finite-differences';
-  }
-
-  private get firstOrder(): boolean {
-    const { penaltyForm, lowerSteps } = this.options;
-    const form = penaltyForm ?? (this.trainable.model.dtype === 'bfloat16' ? 'first-order' : 'difference');
-    return lowerSteps > 0 && form === 'first-order';
-  }
-
-  // ---- lower level --------------------------------------------------------------------------------------------------
-
-  /** ∇_θ L_SFT(θ, φ) of the whole step into zeroed buffers. */
-  private lowerGradient(
-    theta: Map<string, Tensor>,
-    buffers: GradientBuffers,
-    microBatches: StepInput['microBatches'],
-    totals: SftTotals,
-  ): ReadonlyMap<string, Tensor> {
-    const parameters = { ...this.trainable.model.parameters, backbone: theta };
-    const into = { buffers: buffers.buffers, scale: 1 };
-    buffers.zero();
-    for (const indices of microBatches) this.passes.sft(indices, parameters, 'backbone', into, totals).dispose();
-    return buffers.buffers;
-  }
-
-  /** θ̂ from the gradient of its first step, which is overwritten; then step 2 of Algorithm 1. */
-  private lowerLevelFrom(
-    gradient: ReadonlyMap<string, Tensor>,
-    microBatches: StepInput['microBatches'],
-    totals: SftTotals,
-    done: Outcome,
-  ): void {
-    const { model } = this.trainable;
-    const { lowerSteps, lowerLearningRate: learningRate } = this.options;
-    const first = firstStep(gradient, this.masters(), model.backbone, learningRate);
-    using _ = new Disposable({ dispose: () => first.release() });
-    if (lowerSteps === 1) {
-      this.lowerOptimum(first.theta, microBatches, totals, done);
-      return;
-    }
-    using buffers = new Disposable(new GradientBuffers(model.backbone));
-    const next = (theta: Map<string, Tensor>): ReadonlyMap<string, Tensor> =>
-      this.lowerGradient(theta, buffers.of, microBatches, totals);
-    const solution = descend(first.theta, first.masters, next, { steps: lowerSteps - 1, learningRate });
-    using _solution = new Disposable({ dispose: () => solution.release() });
-    this.lowerOptimum(solution.theta, microBatches, totals, done);
-  }
-
-  /**
-   * λ [∇_φ L_SFT(θ, φ) - ∇_φ L_SFT(θ_K, φ)] ≈ λ α K ∇²_φθ L_SFT ∇_θ L_SFT, and L_SFT(θ) - L_SFT(θ_K) ≈ α K |∇_θ L_SFT|² (spo.md
-   * §6).
-   */
-  private penaltyToFirstOrder(
-    gradient: ReadonlyMap<string, Tensor>,
-    microBatches: StepInput['microBatches'],
-    totals: SftTotals,
-    done: Outcome,
-  ): void {
-    const { lambda, lowerSteps, lowerLearningRate } = this.options;
-    const distance = lowerLearningRate * lowerSteps;
-    done.gap = detachFromScope(mul(sumOfSquares(gradient.values()), distance));
-    if (lambda === 0) return;
-    for (const indices of chunked(microBatches.flat(), PAIRS_AT_A_TIME))
-      this.passes.firstOrder(indices, gradient, lambda * distance, totals);
-  }
-
-  /** Steps 1 and 2 of Algorithm 1 by themselves; leaves the backbone's buffers zeroed. */
-  private lowerLevel(microBatches: StepInput['microBatches'], totals: SftTotals, done: Outcome): void {
-    const { model, gradients } = this.trainable;
-    const { lowerSteps: steps, lowerLearningRate: learningRate } = this.options;
-    const buffers = gradients.get('backbone')!;
-    const next = (theta: Map<string, Tensor>): ReadonlyMap<string, Tensor> =>
-      this.lowerGradient(theta, buffers, microBatches, totals);
-    const solution = descend(model.backbone, this.masters(), next, { steps, learningRate });
-    using _ = new Disposable({ dispose: () => solution.release() });
-    buffers.zero();
-    this.lowerOptimum(solution.theta, microBatches, totals, done);
-  }
-
-  /** L*_SFT(φ) = L_SFT(θ_K, φ), with -λ ∇_φ of it added to the adapters' buffers. */
-  private lowerOptimum(
-    theta: Map<string, Tensor>,
-    microBatches: StepInput['microBatches'],
-    totals: SftTotals,
-    done: Outcome,
-  ): void {
-    const { model, gradients } = this.trainable;
-    const parameters = { ...model.parameters, backbone: theta };
-    const into = { buffers: gradients.get('adapters')!.buffers, scale: -this.options.lambda };
-    for (const indices of microBatches) done.star(this.passes.sft(indices, parameters, 'adapters', into, totals));
   }
 
   // ---- regularizer --------------------------------------------------------------------------------------------------
@@ -326,33 +257,27 @@ export class SpoTask implements Task {
 
   /** What the norms of sequences, chosen first, are divided by. */
   private normDivisors(indices: readonly number[]): number[] {
-    const scored = (of: 'chosenIds' | 'rejectedIds') => (i: number) =>
-      this.examples[i][of].length - (this.examples[i].promptIds.length === 0 ? 1 : 0);
-    const lengths = [...indices.map(scored('chosenIds')), ...indices.map(scored('rejectedIds'))];
+    const lengths = (['chosenIds', 'rejectedIds'] as const).flatMap((of) => indices.map((i) => this.scored(i, of)));
     return this.options.normPerToken ? lengths : lengths.map(() => 1);
   }
 
-  /** γ ∇R of the whole step by finite differences. */
-  private async differences(indices: readonly number[], done: Outcome): Promise<void> {
+  /** γ ∇R of the whole step by finite differences, where they were asked for; into `into` where it has a group's buffers. */
+  private async differences(parts: readonly Part[], into: Buffers | undefined, done: Outcome): Promise<void> {
+    const { gamma, regularizerMethod } = this.options;
+    if (!(gamma > 0 && regularizerMethod === 'finite-differences')) return;
     const { model, gradients } = this.trainable;
-    const variables = tensorsOf(model.parameters, both);
+    const indices = parts.flatMap((part) => part.indices);
     const groups = both.flatMap((g) => [...gradients.get(g)!.buffers.keys()].map(() => g));
     const problem: RegularizerProblem = {
-      variables,
+      variables: tensorsOf(model.parameters, both),
       normOver: groups.map((g) => this.normGroups.has(g)),
       logProb: (values, sequence) => this.passes.sequenceLogProb(indices, values, sequence),
     };
-    const buffers = both.flatMap((g) => [...gradients.get(g)!.buffers.values()]);
+    const buffers = both.flatMap((g) => [...(into?.get(g) ?? gradients.get(g)!).buffers.values()]);
     const divisors = this.normDivisors(indices);
     const options = { method: 'finite-differences', divisors } as const;
-    const { chosenNorms, rejectedNorms } = await addRegularizer(
-      problem,
-      indices.length,
-      this.options.gamma,
-      buffers,
-      options,
-    );
-    const scaled = [...chosenNorms, ...rejectedNorms];
+    const found = await addRegularizer(problem, indices.length, gamma, buffers, options);
+    const scaled = [...found.chosenNorms, ...found.rejectedNorms];
     done.norms(
       scaled.map((n, s) => n * divisors[s]),
       scaled,
@@ -363,13 +288,32 @@ export class SpoTask implements Task {
 
   private sftTotals(microBatches: StepInput['microBatches']): SftTotals {
     const indices = microBatches.flat();
-    const scored = (i: number): number =>
-      this.examples[i].chosenIds.length - (this.examples[i].promptIds.length === 0 ? 1 : 0);
-    return { tokens: indices.reduce((n, i) => n + scored(i), 0), sequences: indices.length };
+    return { tokens: sum(indices.map((i) => this.scored(i, 'chosenIds'))), sequences: indices.length };
   }
 
-  private metrics(done: Outcome, step: PreferenceStep, chunks: readonly (readonly unknown[])[]): Promise<Metrics> {
-    const { lambda, gamma } = this.options;
+  /** Tokens of a response that have a log-probability: without a prompt, all but the first. */
+  private scored(i: number, of: 'chosenIds' | 'rejectedIds'): number {
+    const { promptIds, [of]: ids } = this.examples[i];
+    return ids.length - (promptIds.length === 0 ? 1 : 0);
+  }
+
+  /** One set of metrics a micro-batch, of the parts that it was taken in. */
+  private merged(measured: readonly Record<string, number>[], chunks: Chunks): Record<string, number>[] {
+    const { nllReduction = 'token-mean' } = this.options;
+    let at = 0;
+    return chunks.map((parts) => {
+      at += parts.length;
+      const sizes = parts.map((indices) => ({
+        pairs: indices.length,
+        chosen: sum(indices.map((i) => this.scored(i, 'chosenIds'))),
+        rejected: sum(indices.map((i) => this.scored(i, 'rejectedIds'))),
+      }));
+      return mergePairMetrics(measured.slice(at - parts.length, at), sizes, nllReduction === 'token-mean');
+    });
+  }
+
+  private metrics(done: Outcome, step: PreferenceStep, chunks: Chunks, lambda: number): Promise<Metrics> {
+    const { gamma } = this.options;
     this.seenTokens += done.tokens;
     const seen = this.seenTokens;
     const { dpo, sft, optimum, gap } = done;
@@ -381,13 +325,9 @@ export class SpoTask implements Task {
       const [dpoValue, sftValue, star, gapValue] = values;
       const sftStar = star - gapValue;
       const parts = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer['spo/regularizer'] };
-      let at = 0;
-      const byMicroBatch = chunks.map((c) => {
-        at += c.length;
-        return averageMetrics(measured.slice(at - c.length, at));
-      });
       return {
         loss: spoObjective(parts, { lambda, gamma }),
+        'spo/lambda': lambda,
         'spo/dpo': dpoValue,
         'spo/sft': sftValue,
         'spo/sft_star': sftStar,
@@ -395,73 +335,11 @@ export class SpoTask implements Task {
         'spo/first_order': Number(this.firstOrder),
         ...regularizer,
         ...terms,
-        ...averageMetrics(byMicroBatch),
+        ...averageMetrics(this.merged(measured, chunks)),
         ...ofStep,
         num_tokens: seen,
       };
     });
-  }
-}
-
-/** What a step's passes leave behind. */
-class Outcome {
-  readonly dpo: Tensor[] = [];
-  readonly sft: Tensor[] = [];
-  readonly optimum: Tensor[] = [];
-  /** L_SFT(θ) - L_SFT(θ_K) where it was found to first order. */
-  gap: Tensor | null = null;
-  /** Norms of the terms of the gradient. */
-  terms: Promise<Record<string, number>> = Promise.resolve({});
-  readonly measured: Promise<Record<string, number>>[] = [];
-  tokens = 0;
-  /** Norms of chosen and rejected gradients, and the same as R compares them. */
-  private readonly plain: [number[], number[]] = [[], []];
-  private readonly compared: [number[], number[]] = [[], []];
-  private readonly cosines: number[] = [];
-
-  add(pass: MainPass): void {
-    this.dpo.push(pass.dpo);
-    this.sft.push(pass.sft);
-    this.measured.push(quiet(pass.metrics));
-    this.tokens += pass.tokens;
-  }
-
-  star(value: Tensor): void {
-    this.optimum.push(detachFromScope(value));
-  }
-
-  /** Of some pairs, chosen first. */
-  norms(plain: readonly number[], compared: readonly number[]): void {
-    const half = plain.length / 2;
-    for (const [into, norms] of [
-      [this.plain, plain],
-      [this.compared, compared],
-    ] as const)
-      for (const side of [0, 1]) into[side].push(...norms.slice(side * half, (side + 1) * half));
-  }
-
-  /** Of one pair's gradients. */
-  cosine(inner: number, [chosen, rejected]: readonly number[]): void {
-    this.cosines.push(chosen * rejected > 0 ? inner / (chosen * rejected) : 0);
-  }
-
-  regularizerMetrics(): Record<string, number> {
-    const { value, activeFraction } = regularizerValue(...this.compared);
-    return {
-      'spo/regularizer': value,
-      'spo/active_fraction': activeFraction,
-      'grad_norm/chosen': mean(this.plain[0]),
-      'grad_norm/rejected': mean(this.plain[1]),
-      ...(this.cosines.length > 0 && { grad_cosine: mean(this.cosines) }),
-    };
-  }
-
-  get losses(): Tensor[] {
-    return [...this.dpo, ...this.sft, ...this.optimum, ...(this.gap ? [this.gap] : [])];
-  }
-
-  dispose(): void {
-    for (const t of this.losses) t.dispose();
   }
 }
 
@@ -481,5 +359,3 @@ function chunked<T>(items: readonly T[], size: number): T[][] {
   for (let i = 0; i < items.length; i += size) chunks.push(items.slice(i, i + size));
   return chunks;
 }
-
-const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;

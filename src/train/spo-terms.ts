@@ -8,6 +8,15 @@ import { detachFromScope, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import type { GroupName, Trainable } from './task.js';
 
+/** Relative rounding error of one operation in a dtype: half the distance of 1 to its neighbour. */
+const unitRoundoff = (dtype: string): number => ({ float64: 2 ** -53, float32: 2 ** -24 })[dtype] ?? 2 ** -8;
+
+/**
+ * What rounding can make of a difference of two gradients of this norm in a dtype of computation: each is off by some
+ * roundings of its own size. A term (b) below it, taken as that difference, is noise.
+ */
+export const roundingOf = (dtype: string, gradientNorm: number): number => 8 * unitRoundoff(dtype) * gradientNorm;
+
 type Buffers = ReadonlyMap<string, Tensor>;
 
 export interface TermWeights {
@@ -47,6 +56,7 @@ export class TermMeter {
         [...of('backbone').keys()].map((name) => second.get(name)!),
         lambda,
       );
+      if (penalizeAdapters) this.noteSft(second);
       if (all) this.noteWithout('c', of('backbone'), second, lambda);
       for (const [group, { buffers }] of this.regularizer) {
         this.note(group === 'adapters' ? 'e_phi' : 'e', buffers.values());
@@ -56,6 +66,16 @@ export class TermMeter {
     for (const b of this.regularizer.values()) b.dispose();
     this.before = new Map(
       [...of('adapters')].map(([name, t]) => [name, detachFromScope(scope(() => this.penaltyStart(name, t, second)))]),
+    );
+  }
+
+  /** λ ∇_φ L_SFT, which (b) is a difference of two of. */
+  private noteSft(second: Buffers): void {
+    const { lambda } = this.weights;
+    this.note(
+      'sft',
+      [...this.trainable.model.adapters.keys()].map((name) => second.get(name)!),
+      lambda,
     );
   }
 
@@ -86,13 +106,17 @@ export class TermMeter {
       const whole = norms.get(['a', 'b', 'e_phi'].includes(name) ? 'phi' : 'theta')!;
       return whole > 0 ? norms.get(name)! / whole : 0;
     };
-    const terms = [...norms.keys()].filter((n) => n !== 'phi' && n !== 'theta');
-    return Object.fromEntries(
-      terms.flatMap((n) => [
-        [`spo/term_${n}`, norms.get(n)!],
-        [`spo/share_${n}`, share(n)],
-      ]),
-    );
+    const terms = [...norms.keys()].filter((n) => !['phi', 'theta', 'sft'].includes(n));
+    const sft = norms.get('sft');
+    return {
+      ...Object.fromEntries(
+        terms.flatMap((n) => [
+          [`spo/term_${n}`, norms.get(n)!],
+          [`spo/share_${n}`, share(n)],
+        ]),
+      ),
+      ...(sft !== undefined && { 'spo/term_b_rounding': roundingOf(this.trainable.model.dtype, sft) }),
+    };
   }
 
   dispose(): void {

@@ -10,11 +10,12 @@ import { type AccumulatingSink, GradientBuffers } from '../../autograd/sinks.js'
 import { differentiate } from '../../autograd/tape.js';
 import { KeelgradError } from '../../errors.js';
 import { add, mul } from '../../ops/elementwise.js';
-import { copyInto, onesLike, zeros } from '../../ops/movement.js';
-import { detachFromScope, scope } from '../../tensor/scope.js';
+import { onesLike, zeros } from '../../ops/movement.js';
+import { scope } from '../../tensor/scope.js';
 import type { Tensor } from '../../tensor/tensor.js';
 import { Optimizer, type OptimizerOptions } from '../optimizer.js';
 import { checkLowerLevel, descend, type LowerLevelOptions } from './lower-level.js';
+import { WarmStart } from './warm-start.js';
 
 /** Named tensors of one level. */
 export type Variables = ReadonlyMap<string, Tensor>;
@@ -42,7 +43,7 @@ export interface BilevelProblem {
 }
 
 export interface BilevelOptions {
-  /** λ, or λ by step (from 0): a schedule. At least 0. */
+  /** λ, or λ by step (from 0): a schedule, as `penaltySchedule` makes them. At least 0. */
   readonly penalty: number | ((step: number) => number);
   readonly lowerLevel: LowerLevelOptions & {
     /** Starts the lower level at its last solution instead of at θ. Off: the restart of Eq. 11. */
@@ -73,7 +74,7 @@ export class BilevelOptimizer {
   private readonly options: BilevelOptions;
   private readonly gradients: { lower: GradientBuffers; upper: GradientBuffers };
   private readonly optimizer: Optimizer;
-  private warm: Map<string, Tensor> | null = null;
+  private readonly warm = new WarmStart();
   private count = 0;
 
   /** @throws KeelgradError for empty groups, weights below 0, and a lower level that makes no sense */
@@ -143,7 +144,7 @@ export class BilevelOptimizer {
     const { lower, upper, lowerObjective } = this.problem;
     const { lower: buffers, upper: upperBuffers } = this.gradients;
     const { warmStart, ...level } = this.options.lowerLevel;
-    const start = (warmStart && this.warm) || lower;
+    const start = this.warm.point?.theta ?? lower;
     const gradient = (theta: Variables): Variables => {
       buffers.zero();
       differentiateInto(theta, buffers.sinks(), (tracked) => lowerObjective({ lower: tracked, upper })).dispose();
@@ -154,20 +155,12 @@ export class BilevelOptimizer {
       const optimum = differentiateInto(upper, upperBuffers.sinks(-penalty), (tracked) =>
         lowerObjective({ lower: solution.theta, upper: tracked }),
       );
-      if (warmStart) this.keepWarm(solution.theta);
+      if (warmStart) this.warm.keep(solution);
       return optimum;
     } finally {
       solution.release();
       buffers.zero();
     }
-  }
-
-  private keepWarm(theta: Variables): void {
-    if (this.warm) {
-      for (const [name, t] of this.warm) copyInto(t, theta.get(name)!);
-      return;
-    }
-    this.warm = new Map([...theta].map(([name, t]) => [name, detachFromScope(scope(() => add(t, 0)))]));
   }
 
   /** f + λ g + Σ w h at (θ, φ) in one pass. */
@@ -207,7 +200,7 @@ export class BilevelOptimizer {
     this.optimizer.dispose();
     this.gradients.lower.dispose();
     this.gradients.upper.dispose();
-    for (const t of this.warm?.values() ?? []) t.dispose();
+    this.warm.dispose();
   }
 
   [Symbol.dispose](): void {

@@ -24,6 +24,8 @@ export interface LowerLevelOptions {
 /** Tensors of the lower-level variable at θ_K; dispose of them with `release` (the starting point is not touched). */
 export interface LowerSolution {
   theta: Map<string, Tensor>;
+  /** The same in the dtype that steps are taken in. */
+  masters: ReadonlyMap<string, Tensor>;
   release(): void;
 }
 
@@ -48,7 +50,7 @@ export function descend(
   options: LowerLevelOptions,
 ): LowerSolution {
   checkLowerLevel(options);
-  if (options.steps === 0) return { theta: new Map(start), release: () => undefined };
+  if (options.steps === 0) return { theta: new Map(start), masters, release: () => undefined };
   const owned: Tensor[] = [];
   const release = (): void => {
     for (const t of owned) t.dispose();
@@ -76,7 +78,7 @@ export function descend(
     } finally {
       step.release();
     }
-    return { theta, release };
+    return { theta, masters: precise, release };
   } catch (error) {
     release();
     throw error;
