@@ -68,9 +68,20 @@ const steps = (o: Steps) => ({
   batchSize: o.batchSize,
 });
 
-const lowerLevel = (o: { lowerSteps: number; lowerLearningRate: number }) => ({
+type Levels = Pick<
+  AnalyzeOptions<'dynamics'>,
+  'lowerSteps' | 'lowerLearningRate' | 'lowerSolver' | 'lowerWarmStart' | 'normPerToken'
+>;
+
+/** Settings of the lower level and the regularizer, where these have a part. */
+const levels = (o: Levels) => ({
   lowerSteps: o.lowerSteps,
-  ...(o.lowerSteps > 0 && { lowerLearningRate: o.lowerLearningRate }),
+  ...(o.lowerSteps > 0 && {
+    lowerLearningRate: o.lowerLearningRate,
+    lowerSolver: o.lowerSolver,
+    lowerWarmStart: o.lowerWarmStart,
+  }),
+  normPerToken: o.normPerToken,
 });
 
 /** Pairs to train on and pairs to look at: the file's last ones are kept from training where it has enough. */
@@ -107,7 +118,7 @@ async function dynamics(options: AnalyzeOptions<'dynamics'>, ground: Ground): Pr
   const common = steps(options);
   const settings: DynamicsOptions = {
     dpo: common,
-    spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...lowerLevel(options) },
+    spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...levels(options) },
     every: options.every,
     gradientPairs: Math.min(options.gradientPairs, probe.length),
     emaDecay: options.emaDecay,
@@ -123,7 +134,7 @@ async function sensitivity(options: AnalyzeOptions<'sensitivity'>, ground: Groun
   const settings = {
     lambdas: options.lambdas,
     gammas: options.gammas,
-    spo: { ...steps(options), ...lowerLevel(options) },
+    spo: { ...steps(options), ...levels(options) },
     signal: ground.hooks.signal,
     onProgress: (done: number, total: number) => ground.hooks.onPhase?.('runs', done, total),
   };
@@ -139,7 +150,12 @@ async function terms(options: AnalyzeOptions<'terms'>, ground: Ground): Promise<
     lowerSteps: options.lowerStepCounts,
     lambdas: options.lambdas,
     gammas: options.gammas,
-    spo: training(options),
+    spo: {
+      ...training(options),
+      normPerToken: options.normPerToken,
+      lowerSolver: options.lowerSolver,
+      penaltyForm: options.penaltyForm,
+    },
     signal: ground.hooks.signal,
     onProgress: (done: number, total: number) => ground.hooks.onPhase?.('gradients', done, total),
   };
@@ -180,7 +196,7 @@ async function massShift(options: AnalyzeOptions<'mass-shift'>, ground: Ground):
     isPreferred: async (ids) => lastNumber(await decode(ids)) === right,
     perSet: options.perSet,
     dpo: common,
-    spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...lowerLevel(options) },
+    spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...levels(options) },
     every: options.every,
     seed: options.seed,
     signal: ground.hooks.signal,

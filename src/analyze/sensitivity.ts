@@ -57,7 +57,8 @@ async function runOne(
   };
   const finished = await watch(source, data, {
     method: 'spo',
-    options: { ...options.spo, lambda, gamma },
+    // Without a regularizer its settings have no part.
+    options: { ...options.spo, lambda, gamma, ...(gamma === 0 && { normPerToken: undefined }) },
     every: Number.MAX_SAFE_INTEGER,
     signal: options.signal,
     look,

@@ -11,6 +11,8 @@ import { detachFromScope, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { prepareTask } from '../train/make-task.js';
 import { type GivenOptions, resolveOptions } from '../train/options.js';
+import { isFirstOrder } from '../train/spo-rules.js';
+import { roundingOf } from '../train/spo-terms.js';
 import { type GroupName, parametersOf, Trainable } from '../train/task.js';
 import { lineChart } from './charts.js';
 import { formatNumber, type Report } from './report.js';
@@ -41,6 +43,8 @@ export interface TermNorms {
   readonly ePhi: number;
   /** (b) by α and K. */
   readonly b: readonly LowerTerm[];
+  /** Whether (b) was taken to first order in the lower level's steps, and not as a difference. */
+  readonly firstOrder: boolean;
 }
 
 export interface LowerTerm {
@@ -106,9 +110,6 @@ async function norm(group: GroupName, x: Gradient, y?: Gradient): Promise<number
   return Math.sqrt((await total.data())[0]);
 }
 
-/** Relative rounding error of one operation in a dtype: half the distance of 1 to its neighbour. */
-const unitRoundoff = (dtype: string): number => ({ float64: 2 ** -53, float32: 2 ** -24 })[dtype] ?? 2 ** -8;
-
 /**
  * Norms of all terms on the given pairs as one batch. Undefined where the signal ended it early.
  * Memory: twice the gradients beside the trainer's own.
@@ -119,10 +120,13 @@ export async function measureTerms(
   options: TermsOptions,
 ): Promise<TermNorms | undefined> {
   const { lowerLearningRates, lowerSteps } = options;
+  // Settings of one term have no part without it, and are refused there; λ is what is varied.
+  const { normPerToken, lowerSolver, penaltyForm, lambdaSchedule: _, lambdaRampSteps: __, ...spo } = options.spo;
   const total = lowerLearningRates.length * lowerSteps.length + 3;
+  const firstOrder = isFirstOrder({ dtype: model.dtype, lowerSteps: 1, penaltyForm });
   let done = 0;
   const gradient = async (settings: GivenOptions<'spo'>): Promise<Gradient> => {
-    const result = await gradientOf(model, data, { ...options.spo, ...settings });
+    const result = await gradientOf(model, data, { ...spo, ...settings });
     options.onProgress?.(++done, total);
     return result;
   };
@@ -143,14 +147,20 @@ export async function measureTerms(
     for (const steps of lowerSteps)
       for (const lowerLearningRate of lowerLearningRates) {
         if (options.signal?.aborted) return undefined;
-        const { phi, gap } = await added({ lambda: 1, lowerSteps: steps, lowerLearningRate });
-        // Each of the two gradients is off by some roundings of its own size.
-        const belowRounding = phi < 8 * unitRoundoff(model.dtype) * sft.phi;
+        const { phi, gap } = await added({
+          lambda: 1,
+          lowerSteps: steps,
+          lowerLearningRate,
+          penaltyForm,
+          // Its first step is the gradient's.
+          lowerSolver: lowerSolver === 'momentum' && steps === 1 ? 'gradient' : lowerSolver,
+        });
+        const belowRounding = phi < roundingOf(model.dtype, sft.phi);
         b.push({ lowerLearningRate, lowerSteps: steps, b: phi, gap, belowRounding });
       }
-    const r = await added({ gamma: 1 });
+    const r = await added({ gamma: 1, normPerToken });
     const [a, c] = [await norm('adapters', preference), await norm('backbone', preference)];
-    return { a, c, d: sft.theta, sftAdapters: sft.phi, e: r.theta, ePhi: r.phi, b };
+    return { a, c, d: sft.theta, sftAdapters: sft.phi, e: r.theta, ePhi: r.phi, b, firstOrder };
   } finally {
     release(preference);
   }
@@ -201,10 +211,14 @@ function findings(terms: TermNorms, dtype: string): string[] {
       ? `At γ = 1 the regularizer adds ${formatNumber(terms.e / terms.c)} times term (c) on the backbone and ${formatNumber(terms.ePhi / terms.a)} times term (a) on the adapters.`
       : 'No pair of this batch is active: the regularizer adds nothing.',
   ];
-  if (lost.length > 0)
+  if (lost.length > 0) {
+    const where = lost.map((one) => `α = ${one.lowerLearningRate}, K = ${one.lowerSteps}`).join('; ');
     out.push(
-      `Term (b) is below the rounding of ${dtype} at ${lost.map((one) => `α = ${one.lowerLearningRate}, K = ${one.lowerSteps}`).join('; ')}: there it is noise, and the lower level does nothing that could be told from it.`,
+      terms.firstOrder
+        ? `Term (b) is below the rounding of ${dtype} at ${where}: only its first-order form, which was taken here, can tell it from noise.`
+        : `Term (b) is below the rounding of ${dtype} at ${where}: there it is noise, and the lower level does nothing that could be told from it.`,
     );
+  }
   return out;
 }
 

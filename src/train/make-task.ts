@@ -12,6 +12,7 @@ import { spoNotices } from './notices.js';
 import { type DpoOptions, kebabCase, type ResolvedTrainOptions, type SftOptions, type SpoOptions } from './options.js';
 import { labelledReference, type ReferenceOptions, referenceLogProbs } from './reference.js';
 import { SftTask } from './sft-task.js';
+import { spoConflict } from './spo-rules.js';
 import { SpoTask } from './spo-task.js';
 import type { Task, Trainable } from './task.js';
 
@@ -73,6 +74,7 @@ function referenceOptions({ options, visited, hooks }: TaskInputs<Preference>): 
 async function pairedTask(inputs: TaskInputs<Preference>): Promise<MakeTask> {
   const { model, options, visited, hooks } = inputs;
   const examples = inputs.data.examples as readonly PreferenceExample[];
+  if (options.method === 'spo') requireSpo(model, options);
   if (someLoss(options, (facts) => facts.needsOffsets)) requireOffsets(examples, visited);
   const reference = await referenceLogProbs(model, examples, referenceOptions(inputs));
   if (options.method === 'dpo') return (trainable) => new DpoTask(trainable, examples, reference, options);
@@ -93,6 +95,12 @@ const inWords: LossNaming = {
   option: (key) => kebabCase(key).replaceAll('-', ' '),
   setting: (key, value) => `${kebabCase(key).replaceAll('-', ' ')} ${value}`,
 };
+
+/** What the dtype of a loaded model rules out. */
+function requireSpo({ dtype }: CausalLM, options: SpoOptions): void {
+  const conflict = spoConflict({ ...options, dtype }, inWords);
+  if (conflict) throw new KeelgradError(conflict);
+}
 
 function requireUnpaired(options: Preference): asserts options is DpoOptions {
   if (options.method === 'spo')

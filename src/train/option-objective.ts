@@ -1,5 +1,6 @@
 // Options on what is trained and on SPO's levels: rows of the option table. Data only.
 import { followMethods, groups, type OptionSpec } from './option-spec.js';
+import { presetHelp, spoPresetNames } from './presets.js';
 
 export const objectiveOptions = {
   train: {
@@ -32,7 +33,19 @@ export const objectiveOptions = {
   },
 } as const satisfies Record<string, OptionSpec>;
 
+/** The analyses that take the regularizer's gradient. */
+const regularized = ['spo', ...followMethods, 'analyze terms'] as const;
+
 export const spoOptions = {
+  preset: {
+    type: 'string',
+    methods: ['spo'],
+    group: groups.objective,
+    placeholder: 'NAME',
+    choices: spoPresetNames,
+    default: { without: 'none' },
+    help: presetHelp,
+  },
   lambda: {
     type: 'number',
     methods: ['spo', 'analyze dynamics', 'analyze mass-shift'],
@@ -40,6 +53,34 @@ export const spoOptions = {
     min: 0,
     default: 1,
     help: 'weight of the lower-level penalty L_SFT - L*_SFT',
+  },
+  lambdaSchedule: {
+    type: 'string',
+    methods: ['spo'],
+    group: groups.objective,
+    placeholder: 'NAME',
+    choices: ['constant', 'linear', 'cosine'],
+    default: 'constant',
+    alsoCalled: ['penalty-schedule'],
+    help: 'course of lambda: constant, or from 0 to --lambda along a linear or cosine ramp',
+  },
+  lambdaRampSteps: {
+    type: 'integer',
+    methods: ['spo'],
+    group: groups.objective,
+    min: 1,
+    default: 100,
+    alsoCalled: ['lambda-warmup', 'lambda-warmup-steps'],
+    help: 'steps of the ramp of --lambda-schedule; lambda is 0 in the first',
+  },
+  penaltyForm: {
+    type: 'string',
+    methods: ['spo', 'analyze terms'],
+    group: groups.objective,
+    placeholder: 'NAME',
+    choices: ['auto', 'difference', 'first-order'],
+    default: 'auto',
+    help: "the penalty's gradient for adapters (term b): difference of the gradients at both ends of the lower level, its first-order form, which rounding does not drown, or auto (first-order with bfloat16)",
   },
   gamma: {
     type: 'number',
@@ -58,6 +99,23 @@ export const spoOptions = {
     default: 'all',
     help: 'parameters over which the regularizer takes its norms',
   },
+  normPerToken: {
+    type: 'boolean',
+    methods: regularized,
+    group: groups.objective,
+    default: false,
+    alsoCalled: ['length-normalize'],
+    help: "the regularizer's norms divided by the response's tokens: for losses normalized by length",
+  },
+  regularizerMethod: {
+    type: 'string',
+    methods: ['spo'],
+    group: groups.objective,
+    placeholder: 'NAME',
+    choices: ['exact', 'finite-differences'],
+    default: 'exact',
+    help: "the regularizer's gradient: exact, or finite-differences (slow; not with bfloat16)",
+  },
   lowerSteps: {
     type: 'integer',
     methods: ['spo', ...followMethods],
@@ -75,5 +133,29 @@ export const spoOptions = {
     remedy: 'use --lower-steps 0 for no lower level',
     alsoCalled: ['lower-lr'],
     help: 'step size of the lower level',
+  },
+  lowerSolver: {
+    type: 'string',
+    methods: regularized,
+    group: groups.objective,
+    placeholder: 'NAME',
+    choices: ['gradient', 'momentum', 'adam'],
+    default: 'gradient',
+    alsoCalled: ['lower-optimizer'],
+    help: 'steps of the lower level: gradient, momentum or adam, whose state is fresh in every step',
+  },
+  lowerWarmStart: {
+    type: 'boolean',
+    methods: ['spo', ...followMethods],
+    group: groups.objective,
+    default: false,
+    help: "starts the lower level at its last solution, not at the backbone; keeps a copy of the backbone's size",
+  },
+  termNorms: {
+    type: 'boolean',
+    methods: ['spo'],
+    group: groups.objective,
+    default: false,
+    help: 'reports the norms of terms (c) and (e) too; costs a pass over the backbone and a buffer of its size',
   },
 } as const satisfies Record<string, OptionSpec>;

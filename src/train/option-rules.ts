@@ -17,6 +17,7 @@ import { lossOptions } from './option-losses.js';
 import { type Chosen, type Method, preferenceMethods, type Value } from './option-spec.js';
 import type { OptionKey } from './option-table.js';
 import { linearNames } from './option-training.js';
+import { type PenaltyForm, spoConflict } from './spo-rules.js';
 
 /** How messages spell options: as flags for the command line, as camelCase keys for library calls. */
 export interface Naming {
@@ -108,6 +109,71 @@ const lossSwitches: readonly DeadSwitch[] = [
   },
 ];
 
+/** Whether the regularizer has a part: with one weight, or with some of several. */
+const hasRegularizer = ({ gamma, gammas }: Chosen): boolean =>
+  gammas === undefined ? gamma !== 0 : (gammas as readonly number[]).some((weight) => weight !== 0);
+
+const withoutRegularizer = (key: OptionKey, neutral: Value): DeadSwitch => ({
+  keys: [key],
+  dead: (chosen) => !hasRegularizer(chosen),
+  because: (naming) => `with ${naming.setting('gamma', 0)}: there is no regularizer`,
+  remedy: (naming) => `leave it out, or give ${naming.option('gamma')}`,
+  neutral,
+});
+
+const withoutLowerLevel = (key: OptionKey, neutral?: Value): DeadSwitch => ({
+  keys: [key],
+  dead: (chosen) => chosen.lowerSteps === 0,
+  because: (naming) => `with ${naming.setting('lowerSteps', 0)}: there is no lower level`,
+  remedy: (naming) => leaveOut(naming, 'lowerSteps', 1),
+  ...(neutral !== undefined && { neutral }),
+});
+
+const spoSwitches: readonly DeadSwitch[] = [
+  withoutRegularizer('normOver', 'all'),
+  withoutRegularizer('normPerToken', false),
+  withoutRegularizer('regularizerMethod', 'exact'),
+  withoutLowerLevel('lowerLearningRate'),
+  withoutLowerLevel('lowerSolver', 'gradient'),
+  withoutLowerLevel('lowerWarmStart', false),
+  withoutLowerLevel('penaltyForm', 'auto'),
+  withoutLowerLevel('termNorms', false),
+  {
+    keys: ['lowerSolver'],
+    dead: (chosen) => chosen.lowerSolver === 'momentum' && chosen.lowerSteps === 1,
+    because: (naming) =>
+      `with ${naming.setting('lowerSteps', 1)}: momentum is fresh in every step, and its first one is the gradient's`,
+    remedy: (naming) => `take more steps, or use ${naming.setting('lowerSolver', 'adam')}`,
+  },
+  {
+    keys: ['lambdaSchedule'],
+    dead: (chosen) => chosen.lambda === 0,
+    because: (naming) => `with ${naming.setting('lambda', 0)}: there is no penalty`,
+    remedy: (naming) => leaveOut(naming, 'lambda', 1),
+    neutral: 'constant',
+  },
+  {
+    keys: ['lambdaRampSteps'],
+    dead: (chosen) => chosen.lambdaSchedule === 'constant',
+    because: (naming) => `with ${naming.setting('lambdaSchedule', 'constant')}`,
+    remedy: (naming) => leaveOut(naming, 'lambdaSchedule', 'linear'),
+  },
+  {
+    keys: ['termNorms'],
+    dead: (chosen) => chosen.lambda === 0 && chosen.gamma === 0,
+    because: (naming) =>
+      `with ${naming.setting('lambda', 0)} and ${naming.setting('gamma', 0)}: the gradient is the preference loss's alone`,
+    remedy: () => 'leave it out',
+  },
+  {
+    keys: ['termNorms'],
+    dead: (chosen) => chosen.ldAlpha !== 1,
+    because: (naming, chosen) =>
+      `with ${naming.setting('ldAlpha', chosen.ldAlpha as Value)}, which weighs tokens: the terms are then not told apart`,
+    remedy: (naming) => leaveOut(naming, 'ldAlpha', 1),
+  },
+];
+
 const deadSwitches: readonly DeadSwitch[] = [
   {
     keys: ['loraR', 'loraAlpha', 'loraDropout', 'loraTargets', 'rslora'],
@@ -174,25 +240,13 @@ const deadSwitches: readonly DeadSwitch[] = [
     because: (naming) => `beside ${naming.option('maxSteps')}`,
     remedy: () => 'give one of the two',
   },
-  {
-    keys: ['normOver'],
-    dead: (chosen) => chosen.gamma === 0,
-    because: (naming) => `with ${naming.setting('gamma', 0)}: there is no regularizer`,
-    remedy: (naming) => `leave it out, or give ${naming.option('gamma')}`,
-    neutral: 'all',
-  },
+  ...spoSwitches,
   {
     keys: ['learningRate'],
     dead: (chosen, method) =>
       method === 'spo' && ![chosen.learningRateBackbone, chosen.learningRateAdapters].includes(chosen.learningRate),
     because: (naming) => `beside ${naming.option('learningRateBackbone')} and ${naming.option('learningRateAdapters')}`,
     remedy: () => 'leave it out',
-  },
-  {
-    keys: ['lowerLearningRate'],
-    dead: (chosen) => chosen.lowerSteps === 0,
-    because: (naming) => `with ${naming.setting('lowerSteps', 0)}: there is no lower level`,
-    remedy: (naming) => leaveOut(naming, 'lowerSteps', 1),
   },
 ];
 
@@ -262,6 +316,24 @@ function checkLossInputs({ method, chosen, naming }: RuleContext): void {
   if (conflict !== undefined) throw new KeelgradError(`${naming.option('lossType')}: ${conflict}`);
 }
 
+/** Settings of SPO that exclude each other. The model's own dtype is looked at once more where it is known. */
+function checkSpo({ method, chosen, naming }: RuleContext): void {
+  if (method !== 'spo') return;
+  const conflict = spoConflict(
+    {
+      dtype: chosen.dtype as string,
+      gamma: chosen.gamma as number,
+      lowerSteps: chosen.lowerSteps as number,
+      lowerSolver: chosen.lowerSolver as string,
+      lowerWarmStart: chosen.lowerWarmStart as boolean,
+      penaltyForm: chosen.penaltyForm as PenaltyForm,
+      regularizerMethod: chosen.regularizerMethod as string,
+    },
+    naming,
+  );
+  if (conflict !== undefined) throw new KeelgradError(conflict);
+}
+
 /** Names and full module paths both end in one of the seven; whether a path exists is the model's to say. */
 function checkLoraTargets({ chosen, naming }: RuleContext): void {
   const targets = list(chosen, 'loraTargets');
@@ -286,5 +358,6 @@ export function checkRules(context: RuleContext): void {
   refuseDeadSwitches(context);
   checkLosses(context);
   checkLossInputs(context);
+  checkSpo(context);
   checkLoraTargets(context);
 }

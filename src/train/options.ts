@@ -15,6 +15,7 @@ import type {
   Value,
 } from './option-spec.js';
 import { type OptionKey, type OptionTable, optionTable } from './option-table.js';
+import { presetDefaults } from './presets.js';
 
 export { exclusiveOptions, type Naming } from './option-rules.js';
 export { type Analysis, analyses, type Method, methods, type TrainMethod } from './option-spec.js';
@@ -299,7 +300,7 @@ export interface ResolveSettings {
 }
 
 /**
- * Checks what was given for a command and completes it by the table's defaults.
+ * Checks what was given for a command and completes it by its preset and the table's defaults.
  * @param given values by name (camelCase, kebab-case or snake_case); strings are read as the command line's.
  * @throws KeelgradError for unknown names, values out of range, and combinations in which an option would do nothing.
  */
@@ -310,10 +311,11 @@ export function resolveOptions<M extends Method>(
 ): Resolved<M> {
   const { naming = libraryNaming, requirePaths = true } = settings;
   const values = normalizeKeys(method, given, naming);
+  const preset = presetDefaults('preset' in values ? (checked('preset', values.preset, naming) as string) : undefined);
   const chosen: Record<string, Value | undefined> = {};
   const rules: [OptionKey, DefaultRule][] = [];
   for (const key of optionsOf(method)) {
-    const fallback = defaultOf(key, method);
+    const fallback = preset[key] ?? defaultOf(key, method);
     if (key in values) chosen[key] = checked(key, values[key], naming);
     else if (isRule(fallback)) rules.push([key, fallback]);
     else chosen[key] = isWithout(fallback) ? undefined : fallback;

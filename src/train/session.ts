@@ -10,6 +10,7 @@ import type { RunStep, TrainHooks } from './hooks.js';
 import { train } from './loop.js';
 import { prepareTask, type SessionData } from './make-task.js';
 import { planSteps, type ResolvedTrainOptions, type SftOptions } from './options.js';
+import { watchPenalty } from './penalty-watch.js';
 import { type GroupName, parametersOf, Trainable } from './task.js';
 
 export type { SessionData } from './make-task.js';
@@ -80,6 +81,10 @@ export async function openSession(
   const groups = trainedGroups(options);
   if (groups.includes('adapters') && !model.lora)
     throw new KeelgradError('the model has no adapters to train; load it with lora, or train the full model');
+  const watched = (steps: ReturnType<typeof train>, dtype: string): ReturnType<typeof train> => {
+    if (options.method === 'dpo') return watchDisplacement(steps, hooks.onMessage);
+    return options.method === 'spo' ? watchPenalty(steps, dtype, hooks.onMessage) : steps;
+  };
   const { plan, warmupSteps } = stepPlan(options, data.examples.length);
   const makeTask = await prepareTask({ model, data, options, visited: plan.visited(), hooks });
   const trainable = new Trainable(model, groups);
@@ -98,7 +103,7 @@ export async function openSession(
     plan,
     groups,
     trainableParameters: groups.reduce((n, g) => n + countParameters(parametersOf(model, g)), 0),
-    steps: () => (options.method === 'dpo' ? watchDisplacement(train(task, loop), hooks.onMessage) : train(task, loop)),
+    steps: () => watched(train(task, loop), model.dtype),
     masters: (group) => optimizer.masters(group),
     dispose: () => {
       optimizer.dispose();

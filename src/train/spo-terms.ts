@@ -56,7 +56,7 @@ export class TermMeter {
         [...of('backbone').keys()].map((name) => second.get(name)!),
         lambda,
       );
-      if (penalizeAdapters) this.noteSft(second);
+      this.noteSft(second);
       if (all) this.noteWithout('c', of('backbone'), second, lambda);
       for (const [group, { buffers }] of this.regularizer) {
         this.note(group === 'adapters' ? 'e_phi' : 'e', buffers.values());

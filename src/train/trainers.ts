@@ -3,6 +3,7 @@
 import { KeelgradError } from '../errors.js';
 import type { Tokenizer } from '../io/tokenizer.js';
 import type { CausalLM } from '../models/causal-lm.js';
+import type { LowerSolver } from '../optim/bilevel/lower-level.js';
 import type { RunStep, TrainHooks } from './hooks.js';
 import type { GivenOptions, ResolvedTrainOptions, TrainMethod } from './options.js';
 
@@ -29,7 +30,9 @@ export type TrainerOptions<M extends TrainMethod> = Omit<GivenOptions<M>, keyof 
   /** For records that are not token ids already. */
   tokenizer?: Tokenizer;
   hooks?: Pick<TrainHooks, 'signal' | 'onPhase' | 'onMessage'>;
-} & (M extends 'spo' ? { lower?: { steps?: number; lr?: number } } : unknown);
+} & (M extends 'spo'
+    ? { lower?: { steps?: number; lr?: number; solver?: LowerSolver; warmStart?: boolean } }
+    : unknown);
 
 /** A data file (JSON lines or an array), or records in the same form. */
 export type TrainerData = string | readonly object[];
@@ -51,6 +54,8 @@ async function resolve<M extends TrainMethod>(
     ...given,
     ...(lower?.steps !== undefined && { lowerSteps: lower.steps }),
     ...(lower?.lr !== undefined && { lowerLearningRate: lower.lr }),
+    ...(lower?.solver !== undefined && { lowerSolver: lower.solver }),
+    ...(lower?.warmStart !== undefined && { lowerWarmStart: lower.warmStart }),
     ...(method !== 'spo' && !model.lora && { train: (given as { train?: string }).train ?? 'full' }),
   };
   return resolveOptions(method, flat as GivenOptions<M>, {
