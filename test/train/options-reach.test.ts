@@ -177,6 +177,30 @@ const changes: Readonly<Record<TrainMethod, readonly Change[]>> = {
     { option: 'gamma', change: () => ({ gamma: 0.5 }) },
     { option: 'normOver', beside: () => ({ gamma: 0.5 }), change: () => ({ 'norm-over': 'adapters' }) },
     { option: 'normOver', beside: () => ({ gamma: 0.5 }), change: () => ({ 'norm-over': 'backbone' }) },
+    { option: 'normPerToken', beside: () => ({ gamma: 0.5 }), change: () => ({ 'norm-per-token': true }) },
+    {
+      option: 'regularizerMethod',
+      beside: () => ({ gamma: 0.5 }),
+      change: () => ({ 'regularizer-method': 'finite-differences' }),
+    },
+    { option: 'preset', change: () => ({ preset: 'paper' }) },
+    { option: 'preset', change: () => ({ preset: 'recommended' }) },
+    { option: 'lambdaSchedule', change: () => ({ 'lambda-schedule': 'linear' }) },
+    {
+      option: 'lambdaSchedule',
+      beside: () => ({ 'lambda-schedule': 'linear', 'lambda-ramp-steps': 3 }),
+      change: () => ({ 'lambda-schedule': 'cosine' }),
+    },
+    {
+      option: 'lambdaRampSteps',
+      beside: () => ({ 'lambda-schedule': 'linear', 'lambda-ramp-steps': 3 }),
+      change: () => ({ 'lambda-ramp-steps': 2 }),
+    },
+    { option: 'penaltyForm', change: () => ({ 'penalty-form': 'first-order' }) },
+    { option: 'penaltyForm', beside: () => ({ dtype: 'bfloat16' }), change: () => ({ 'penalty-form': 'difference' }) },
+    { option: 'lowerSolver', change: () => ({ 'lower-solver': 'adam' }) },
+    { option: 'lowerSolver', beside: () => ({ 'lower-steps': 2 }), change: () => ({ 'lower-solver': 'momentum' }) },
+    { option: 'lowerWarmStart', change: () => ({ 'lower-warm-start': true }) },
     { option: 'lowerSteps', change: () => ({ 'lower-steps': 0, 'lower-learning-rate': undefined }) },
     { option: 'lowerSteps', change: () => ({ 'lower-steps': 3 }) },
     { option: 'lowerLearningRate', change: () => ({ 'lower-learning-rate': 0.2 }) },
@@ -191,8 +215,8 @@ const base: Readonly<Record<TrainMethod, Given>> = {
   spo: { 'learning-rate': 1e-3, 'max-steps': 3, 'batch-size': 2, 'lora-r': 8, 'lower-learning-rate': 0.1 },
 };
 
-/** Options that say where things are, or what must not change a result. */
-const elsewhere = ['model', 'data', 'output', 'overwrite', 'device', 'threads'];
+/** Options that say where things are, or what must not change a result; `termNorms` changes what is reported. */
+const elsewhere = ['model', 'data', 'output', 'overwrite', 'device', 'threads', 'termNorms'];
 /** Options that the base's own adapter settings would make dead, or that dpo and spo refuse. */
 const refusedHere: Readonly<Record<TrainMethod, readonly string[]>> = {
   sft: [],
@@ -235,4 +259,13 @@ describe.each(['sft', 'dpo', 'spo'] as const)('%s', (method) => {
   it('the number of threads does not', async () => {
     expect(await fingerprint(method, { ...base[method], threads: 1 })).toBe(await remembered(base[method]));
   });
+});
+
+it('termNorms changes what spo reports, and nothing else', async () => {
+  const data = folder.write('norms.json', fixturePairs(7));
+  const given = { model, data, ...base.spo, gamma: 0.5 };
+  const [without, reported] = [await train('spo', given), await train('spo', { ...given, 'term-norms': true })];
+  const more = Object.keys(reported.metrics[0]).filter((name) => !(name in without.metrics[0]));
+  expect(more.sort()).toEqual(['spo/share_c', 'spo/share_e', 'spo/term_c', 'spo/term_e']);
+  expect(savedBytes(reported.result.output)).toBe(savedBytes(without.result.output));
 });

@@ -16,6 +16,7 @@ import {
   resolveOptions,
   specOf,
 } from '../../src/train/options.js';
+import { spoPresets } from '../../src/train/presets.js';
 
 const paths = { model: 'm', data: 'd', output: 'o' };
 
@@ -121,6 +122,9 @@ const followed = {
   batchSize: 4,
   lowerSteps: 1,
   lowerLearningRate: 2e-5,
+  lowerSolver: 'gradient',
+  lowerWarmStart: false,
+  normPerToken: false,
 } as const;
 
 const documented = {
@@ -150,11 +154,20 @@ const documented = {
     ...common,
     ...losses,
     method: 'spo',
+    preset: undefined,
     beta: 0.5,
     lambda: 1,
+    lambdaSchedule: 'constant',
+    lambdaRampSteps: 100,
+    penaltyForm: 'auto',
     gamma: 0,
+    normPerToken: false,
+    regularizerMethod: 'exact',
     lowerSteps: 1,
     lowerLearningRate: 2e-5,
+    lowerSolver: 'gradient',
+    lowerWarmStart: false,
+    termNorms: false,
     learningRate: undefined,
     learningRateBackbone: 1e-5,
     learningRateAdapters: 1e-5,
@@ -230,6 +243,9 @@ const documented = {
     pairs: 4,
     lambdas: [1, 5],
     gammas: [0, 0.01, 0.1],
+    normPerToken: false,
+    penaltyForm: 'auto',
+    lowerSolver: 'gradient',
     lowerLearningRates: [2e-5, 2e-4, 2e-3, 2e-2],
     lowerStepCounts: [1, 3],
   },
@@ -320,6 +336,21 @@ describe('values', () => {
     ['spo', 'lowerSteps', -1],
     ['spo', 'lowerSteps', 1.5],
     ['spo', 'lowerLearningRate', 0],
+    ['spo', 'lowerLearningRate', Number.POSITIVE_INFINITY],
+    ['spo', 'beta', 0],
+    ['spo', 'lambda', Number.NaN],
+    ['spo', 'gamma', 'much'],
+    ['spo', 'learningRateBackbone', -1e-5],
+    ['spo', 'learningRateAdapters', -1e-5],
+    ['spo', 'lambdaSchedule', 'quadratic'],
+    ['spo', 'lambdaRampSteps', 0],
+    ['spo', 'lambdaRampSteps', 1.5],
+    ['spo', 'penaltyForm', 'second-order'],
+    ['spo', 'regularizerMethod', 'approximate'],
+    ['spo', 'lowerSolver', 'newton'],
+    ['spo', 'lowerWarmStart', 'yes'],
+    ['spo', 'normPerToken', 1],
+    ['spo', 'termNorms', 'c'],
     ['sft', 'epochs', 0],
     ['sft', 'maxSteps', 0],
     ['sft', 'batchSize', 0],
@@ -471,7 +502,36 @@ describe('combinations in which an option would do nothing', () => {
     ],
     ['sft', { epochs: 2, maxSteps: 5 }, '--epochs has no effect beside --max-steps; give one of the two'],
     ['spo', { normOver: 'adapters' }, '--norm-over has no effect with --gamma 0'],
+    [
+      'spo',
+      { normPerToken: true },
+      '--norm-per-token has no effect with --gamma 0: there is no regularizer; leave it out',
+    ],
+    ['spo', { regularizerMethod: 'finite-differences' }, '--regularizer-method has no effect with --gamma 0'],
+    ['analyze dynamics', { normPerToken: true }, '--norm-per-token has no effect with --gamma 0'],
+    ['analyze sensitivity', { normPerToken: true, gammas: '0' }, '--norm-per-token has no effect with --gamma 0'],
     ['spo', { lowerSteps: 0, lowerLearningRate: 2e-5 }, '--lower-learning-rate has no effect with --lower-steps 0'],
+    ['spo', { lowerSteps: 0, lowerSolver: 'adam' }, '--lower-solver has no effect with --lower-steps 0'],
+    ['spo', { lowerSteps: 0, lowerWarmStart: true }, '--lower-warm-start has no effect with --lower-steps 0'],
+    ['spo', { lowerSteps: 0, penaltyForm: 'first-order' }, '--penalty-form has no effect with --lower-steps 0'],
+    ['spo', { lowerSteps: 0, termNorms: true }, '--term-norms has no effect with --lower-steps 0'],
+    [
+      'spo',
+      { lowerSolver: 'momentum' },
+      "--lower-solver has no effect with --lower-steps 1: momentum is fresh in every step, and its first one is the gradient's; take more",
+    ],
+    [
+      'spo',
+      { lambda: 0, lambdaSchedule: 'linear' },
+      '--lambda-schedule has no effect with --lambda 0: there is no penalty',
+    ],
+    [
+      'spo',
+      { lambdaRampSteps: 5 },
+      '--lambda-ramp-steps has no effect with --lambda-schedule constant; leave it out, or use --lambda-schedule linear',
+    ],
+    ['spo', { lambda: 0, termNorms: true }, '--term-norms has no effect with --lambda 0 and --gamma 0'],
+    ['spo', { ldAlpha: 0.5, termNorms: true }, '--term-norms has no effect with --ld-alpha 0.5, which weighs tokens'],
     [
       'spo',
       { learningRate: 1, learningRateBackbone: 2, learningRateAdapters: 3 },
@@ -490,6 +550,12 @@ describe('combinations in which an option would do nothing', () => {
     ['sft', { lrSchedule: 'constant', warmupSteps: 0 }],
     ['spo', { gamma: 0, normOver: 'all', lowerSteps: 0 }],
     ['spo', { gamma: 0.1, normOver: 'backbone', adapter: 'a' }],
+    ['spo', { regularizerMethod: 'exact', penaltyForm: 'auto', lambdaSchedule: 'constant', lowerSolver: 'gradient' }],
+    ['spo', { normPerToken: false, lowerWarmStart: false, termNorms: false, lowerSteps: 0, lambda: 0 }],
+    ['spo', { lambda: 0, gamma: 0.1, termNorms: true, normPerToken: true }],
+    ['spo', { lowerSolver: 'momentum', lowerSteps: 2, lowerWarmStart: true, penaltyForm: 'difference' }],
+    ['spo', { preset: 'paper', lowerSteps: 0, maxSteps: 3, gamma: 0, optimizer: 'sgd' }],
+    ['analyze terms', { normPerToken: true, lowerSolver: 'momentum', penaltyForm: 'first-order' }],
     ['dpo', { train: 'both', adapter: 'a', reference: 'base' }],
     ['sft', { loraTargets: 'model.layers.0.self_attn.q_proj,base_model.model.model.layers.1.mlp.up_proj' }],
     ['sft', { loraTargets: 'all-linear' }],
@@ -563,6 +629,88 @@ describe('losses that lack what they need, or that cannot be had together', () =
   });
 });
 
+describe('settings of SPO that exclude each other', () => {
+  it.each([
+    [
+      { gamma: 0.1, regularizerMethod: 'finite-differences', dtype: 'bfloat16' },
+      '--regularizer-method finite-differences expected dtype float32 or float64, found bfloat16: steps short enough for a difference round away in it; use --regularizer-method exact, or --dtype float32',
+    ],
+    [
+      { lowerSolver: 'adam', penaltyForm: 'first-order' },
+      '--lower-solver adam cannot be had with --penalty-form first-order: that form is the derivative along plain gradient steps, which this solver does not take; use --lower-solver gradient, or --penalty-form difference',
+    ],
+    [
+      { lowerSolver: 'adam', dtype: 'bfloat16' },
+      '--lower-solver adam cannot be had with the first-order form of term (b), which --dtype bfloat16 takes: ',
+    ],
+    [
+      { lowerWarmStart: true, penaltyForm: 'first-order' },
+      '--lower-warm-start cannot be had with --penalty-form first-order: that form is the derivative along steps from the backbone as it is, and a warm start begins elsewhere; use no --lower-warm-start, or --penalty-form difference',
+    ],
+    [{ lowerWarmStart: true, dtype: 'bfloat16' }, 'use no --lower-warm-start, or --dtype float32'],
+  ] as const)('%j', (given, message) => {
+    expect(refusal('spo', given)).toContain(message);
+  });
+
+  it.each([
+    { lowerSolver: 'adam', penaltyForm: 'difference', dtype: 'bfloat16' },
+    { lowerWarmStart: true, penaltyForm: 'difference', dtype: 'bfloat16' },
+    { gamma: 0.1, regularizerMethod: 'finite-differences', dtype: 'float64' },
+    { penaltyForm: 'first-order', dtype: 'float32', lowerSteps: 3 },
+  ] as const)('but accepts %j', (given) => {
+    expect(resolve('spo', given)).toMatchObject(given);
+  });
+});
+
+describe('presets', () => {
+  /** The paper's printed settings (Table 1, GSM8K), written down a second time. */
+  const printed = {
+    lambda: 1,
+    lowerSteps: 1,
+    lowerLearningRate: 2e-5,
+    learningRateBackbone: 1e-5,
+    learningRateAdapters: 1e-5,
+    beta: 0.5,
+    batchSize: 4,
+    epochs: 3,
+    maxLength: 1024,
+    optimizer: 'adamw',
+    sftReduction: 'sum',
+  };
+
+  it('paper is what the paper prints; it names no gamma', () => {
+    expect(resolve('spo', { preset: 'paper' })).toMatchObject({
+      ...printed,
+      gamma: resolve('spo', { preset: 'recommended' }).gamma,
+    });
+  });
+
+  it.each(['paper', 'recommended'] as const)('%s takes the place of defaults, and gives way to options', (preset) => {
+    const values = Object.entries(spoPresets[preset]);
+    expect(resolve('spo', { preset })).toMatchObject(Object.fromEntries(values));
+    const others = { lambda: 7, gamma: 0.5, beta: 0.25, lowerLearningRate: 0.5, learningRateAdapters: 1e-3 };
+    expect(resolve('spo', { preset, ...others })).toMatchObject({ ...others, learningRateBackbone: 1e-5 });
+    expect(resolve('spo', { preset, learningRate: 1e-4 })).toMatchObject({
+      learningRateBackbone: 1e-4,
+      learningRateAdapters: 1e-4,
+    });
+  });
+
+  it.each(['paper', 'recommended'] as const)('%s names options of spo with values that they accept', (preset) => {
+    const { method: _, ...found } = resolve('spo', spoPresets[preset]);
+    expect(found).toMatchObject(spoPresets[preset]);
+    for (const key of Object.keys(spoPresets[preset]))
+      expect(specOf('preset').help).toContain(flagNaming.option(key).slice(2));
+  });
+
+  it('are refused by another name', () => {
+    expect(refusal('spo', { preset: 'papr' })).toBe(
+      '--preset: expected one of paper, recommended, found "papr"; did you mean "paper"?',
+    );
+    expect(refusal('dpo', { preset: 'paper' })).toContain('preset is an option of keelgrad spo');
+  });
+});
+
 describe('lists', () => {
   it.each([
     [{ lossType: 'sigmoid,sigmoid' }, 'found sigmoid twice'],
@@ -585,6 +733,10 @@ describe('what run.json records', () => {
     ['dpo', { lossType: 'orpo' }],
     ['spo', { lowerSteps: 0, learningRate: 1e-4, shuffle: false }],
     ['spo', { gamma: 0.1 }],
+    ['spo', { preset: 'paper', lambda: 3 }],
+    ['spo', { preset: 'recommended', maxSteps: 5, gamma: 0 }],
+    ['spo', { lambdaSchedule: 'cosine', lambdaRampSteps: 7, lowerSolver: 'adam', lowerWarmStart: true }],
+    ['spo', { gamma: 0.1, normPerToken: true, regularizerMethod: 'finite-differences', termNorms: true }],
     ['score', { maxLength: 10 }],
   ] as const)('%s %j resolves to itself again', (method, given) => {
     const options = resolve(method, given);
