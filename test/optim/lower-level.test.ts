@@ -3,6 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { mul } from '../../src/ops/elementwise.js';
 import '../../src/ops/methods.js';
 import { descend } from '../../src/optim/bilevel/lower-level.js';
+import { WarmStart } from '../../src/optim/bilevel/warm-start.js';
 import { scope } from '../../src/tensor/scope.js';
 import { memory } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
@@ -92,5 +93,45 @@ describe('descend', () => {
       expect(values(master)).toEqual([1, 2]);
     }
     expect(memory().storages).toBe(start);
+  });
+});
+
+describe('a warm start', () => {
+  it('goes on from the masters, not from what they round to, and holds one copy of each', () => {
+    const start = memory().storages;
+    {
+      using w = Tensor.from(Float32Array.of(1), { dtype: 'bfloat16' });
+      using master = Tensor.from(Float32Array.of(1));
+      using g = Tensor.from(Float32Array.of(1));
+      const warm = new WarmStart();
+      expect(warm.point).toBeNull();
+      const gradient = (): Map<string, Tensor> => new Map([['w', g]]);
+      const before = memory().storages;
+      // A single step of 1e-4 from 1 is lost in bfloat16; fifty runs of one step each are one run of fifty.
+      for (let run = 0; run < 50; run++) {
+        const { theta, masters } = warm.point ?? { theta: new Map([['w', w]]), masters: new Map([['w', master]]) };
+        const solution = descend(theta, masters, gradient, { steps: 1, learningRate: 1e-4 });
+        warm.keep(solution);
+        solution.release();
+        expect(memory().storages).toBe(before + 2);
+      }
+      expect(values(warm.point!.masters.get('w')!)[0]).toBeCloseTo(1 - 50e-4, 5);
+      expect(values(warm.point!.theta.get('w')!)).toEqual([1 - 2 ** -8]);
+      expect(values(w)).toEqual([1]);
+      warm.dispose();
+      expect(warm.point).toBeNull();
+    }
+    expect(memory().storages).toBe(start);
+  });
+
+  it('is one map where the dtypes are the same', () => {
+    using w = Tensor.from(Float64Array.of(1));
+    const warm = new WarmStart();
+    const map = new Map([['w', w]]);
+    warm.keep({ theta: map, masters: map });
+    expect(warm.point!.theta).toBe(warm.point!.masters);
+    expect(warm.point!.theta.get('w')).not.toBe(w);
+    warm.dispose();
+    expect(w.disposed).toBe(false);
   });
 });
