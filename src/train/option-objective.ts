@@ -10,7 +10,9 @@ export const objectiveOptions = {
     placeholder: 'WHAT',
     choices: ['lora', 'full', 'both'],
     default: 'lora',
-    absent: { spo: 'spo always trains both levels, backbone and adapters' },
+    absent: {
+      spo: 'spo always trains both levels, the backbone in the lower one and the adapters in the upper one; keelgrad dpo trains one of the two',
+    },
     help: 'what is trained',
   },
   sftLoss: {

@@ -80,7 +80,11 @@ export async function openSession(
     );
   const groups = trainedGroups(options);
   if (groups.includes('adapters') && !model.lora)
-    throw new KeelgradError('the model has no adapters to train; load it with lora, or train the full model');
+    throw new KeelgradError(
+      options.method === 'spo'
+        ? 'the model has no adapters to train, and spo always trains both levels, backbone and adapters; load it with lora, or use dpo'
+        : 'the model has no adapters to train; load it with lora, or train the full model',
+    );
   const watched = (steps: ReturnType<typeof train>, dtype: string): ReturnType<typeof train> => {
     if (options.method === 'dpo') return watchDisplacement(steps, hooks.onMessage);
     return options.method === 'spo' ? watchPenalty(steps, dtype, hooks.onMessage) : steps;

@@ -124,10 +124,10 @@ export class SpoLowerLevel {
   firstOrder(gradient: ReadonlyMap<string, Tensor>, { microBatches, totals, lambda }: LowerStep): Tensor {
     const { lowerSteps, lowerLearningRate } = this.options;
     const distance = lowerLearningRate * lowerSteps;
-    const gap = detachFromScope(mul(sumOfSquares(gradient.values()), distance));
-    if (lambda === 0) return gap;
-    for (const index of microBatches.flat()) this.passes.firstOrder([index], gradient, lambda * distance, totals);
-    return gap;
+    const gap = mul(sumOfSquares(gradient.values()), distance);
+    if (lambda > 0)
+      for (const index of microBatches.flat()) this.passes.firstOrder([index], gradient, lambda * distance, totals);
+    return detachFromScope(gap);
   }
 
   dispose(): void {

@@ -54,6 +54,9 @@ const runs: readonly (readonly [TrainMethod, Given])[] = [
   ['sft', { train: 'both' }],
   ['dpo', { train: 'both' }],
   ['spo', { gamma: 0.1, 'lower-steps': 2, 'lower-learning-rate': 1e-3 }],
+  ['spo', { 'lower-steps': 2, 'lower-solver': 'adam', 'lower-warm-start': true, 'term-norms': true }],
+  ['spo', { 'ld-alpha': 0.5, 'penalty-form': 'first-order', 'lambda-schedule': 'linear' }],
+  ['spo', { gamma: 0.1, 'regularizer-method': 'finite-differences', 'norm-per-token': true }],
 ];
 
 async function small(method: TrainMethod, given: Given, output: string): Promise<unknown> {

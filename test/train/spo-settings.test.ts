@@ -348,6 +348,19 @@ describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
       },
     );
 
+    it.each([
+      ['float64', 'exact'],
+      ['float64', 'finite-differences'],
+      ['float32', 'exact'],
+    ] as const)('R by token in %s, %s', async (dtype, regularizerMethod) => {
+      const { setting, golden, loss } = goldenLoss();
+      const options = { ...optionsOf({ ...setting, name: recorded, beta: loss.beta }), ...loss };
+      const { metrics } = await evaluate('qwen2', dtype, { ...options, normPerToken: true, regularizerMethod });
+      const R = golden.R_length_normalized;
+      expect(byMax1(metrics['spo/regularizer'], R)).toBeLessThan(tolerances[dtype].value);
+      expect(byMax1(metrics.loss, golden.F + setting.gamma * (R - golden.R))).toBeLessThan(tolerances[dtype].value);
+    });
+
     it.each(['float64', 'float32'] as const)('F and its gradient in %s', async (dtype) => {
       const { setting, golden, loss } = goldenLoss();
       const tolerance = tolerances[dtype];
