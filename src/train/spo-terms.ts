@@ -93,6 +93,7 @@ export class TermMeter {
       this.note('phi', adapters.values());
       this.note('theta', this.trainable.gradients.get('backbone')!.buffers.values());
     });
+    this.dropBefore();
   }
 
   /** Norms, and their shares of the norm of the gradient of θ or φ. */
@@ -120,8 +121,14 @@ export class TermMeter {
   }
 
   dispose(): void {
-    for (const t of [...this.squares.values(), ...(this.before?.values() ?? [])]) t.dispose();
+    for (const t of this.squares.values()) t.dispose();
     for (const b of this.regularizer.values()) b.dispose();
+    this.dropBefore();
+  }
+
+  private dropBefore(): void {
+    for (const t of this.before?.values() ?? []) t.dispose();
+    this.before = null;
   }
 
   private note(name: string, tensors: Iterable<Tensor>, scale = 1): void {
