@@ -1,8 +1,8 @@
 #!/usr/bin/env node
 // Builds the engine with its CUDA backend over the SIMT layer (test/simt): the same kernel sources, run by the host.
 // Output: <folder>/keelgrad.node, libkeelgrad-simt.so and the stand-in cuBLAS, for KEELGRAD_ADDON and tests in C++.
-//   node scripts/build-simt.mjs [--out <folder>] [--partial] [--sanitize address,undefined|thread] [--target <name>]
-// --out: default build/simt, with -asan or -tsan for sanitizers. --partial: rows without a kernel are no link error.
+//   node scripts/build-simt.mjs [--out <folder>] [--sanitize address,undefined|thread] [--target <name>]
+// --out: default build/simt, with -asan or -tsan for sanitizers.
 import { spawnSync } from 'node:child_process';
 import { existsSync, readFileSync, realpathSync, rmSync } from 'node:fs';
 import { createRequire } from 'node:module';
@@ -18,7 +18,6 @@ const suffixes = { '': '', 'address,undefined': '-asan', thread: '-tsan' };
 const { values } = parseArgs({
   options: {
     out: { type: 'string' },
-    partial: { type: 'boolean', default: false },
     sanitize: { type: 'string', default: '' },
     target: { type: 'string' },
   },
@@ -59,7 +58,6 @@ function cmake(args) {
 forgetForeignCache();
 const defines = {
   SIMT_OUTPUT: out,
-  SIMT_PARTIAL: values.partial ? 'ON' : 'OFF',
   SIMT_SANITIZE: values.sanitize,
   NODE_HEADERS: headers().join(';'),
 };

@@ -40,13 +40,12 @@ KG_DEVICE void fillTile(C* tile, const HeadRows<const T>& x, int head, int D, in
   }
 }
 
-// s = A B^T, both tiles [Tile][D], d ascending.
+// s += A B^T, both tiles [Tile][D], d ascending.
 template <class C, int Tile>
-KG_DEVICE void product(Square<C, Tile>& s, const C* a, const C* b, int D) {
+KG_DEVICE void addProduct(Square<C, Tile>& s, const C* a, const C* b, int D) {
   constexpr int M = Tile / kSide;
   const int stride = rowStride(D);
   const C *const rows = a + threadRow() * stride, *const columns = b + threadColumn() * stride;
-  KG_UNROLL for (int i = 0; i < M; i++) KG_UNROLL for (int j = 0; j < M; j++) s.v[i][j] = 0;
   for (int d = 0; d < D; d++) {
     C x[M], y[M];
     KG_UNROLL for (int i = 0; i < M; i++) {
@@ -56,6 +55,22 @@ KG_DEVICE void product(Square<C, Tile>& s, const C* a, const C* b, int D) {
     KG_UNROLL for (int i = 0; i < M; i++) KG_UNROLL for (int j = 0; j < M; j++) s.v[i][j] =
         std::fma(x[i], y[j], s.v[i][j]);
   }
+}
+
+template <class C, int Tile>
+KG_DEVICE void product(Square<C, Tile>& s, const C* a, const C* b, int D) {
+  KG_UNROLL for (auto& row : s.v) KG_UNROLL for (C& v : row) v = 0;
+  addProduct(s, a, b, D);
+}
+
+// delta of the rows that this thread works for: the diagonal of douts outs^T, in the very order of dout v. Where one
+// key has all the weight, the two cancel.
+template <class C, int Tile>
+KG_DEVICE void rowProducts(C (&delta)[Tile / kSide], const C* douts, const C* outs, int D) {
+  Square<C, Tile> s;
+  product(s, douts, outs, D);
+  const int holder = (laneId() & kSide) + threadRow();
+  KG_UNROLL for (int i = 0; i < Tile / kSide; i++) delta[i] = shuffle(s.v[i][i], holder);
 }
 
 // Hands a product to the threads of its rows: square[Tile][Tile + 1].

@@ -32,16 +32,6 @@ struct Tiles {
   }
 };
 
-// delta of the rows that this thread works for: the diagonal of douts outs^T, in the very order of dout v. Where one
-// key has all the weight, the two cancel.
-template <class C, int Tile>
-KG_DEVICE void rowProducts(C (&delta)[Tile / kSide], const C* douts, const C* outs, int D) {
-  Square<C, Tile> s;
-  product(s, douts, outs, D);
-  const int holder = (laneId() & kSide) + threadRow();
-  KG_UNROLL for (int i = 0; i < Tile / kSide; i++) delta[i] = shuffle(s.v[i][i], holder);
-}
-
 template <class T, int Tile, int Columns>
 KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) queriesGeneralKernel(GeneralCall<T> call) {
   using C = compute_t<T>;

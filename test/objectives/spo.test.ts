@@ -14,7 +14,7 @@ import {
 import { zerosLike } from '../../src/ops/movement.js';
 import { descend } from '../../src/optim/bilevel/lower-level.js';
 import { scope } from '../../src/tensor/scope.js';
-import { defaultDevice, memory } from '../../src/tensor/storage.js';
+import { memory } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
 import type { GroupName } from '../../src/train/task.js';
 import { maxDifference } from '../models/support.js';
@@ -37,9 +37,6 @@ import {
   regularizerProblem,
   spoFile,
 } from './spo-support.js';
-
-/** Second derivatives of attention need a kernel that CUDA does not have yet. */
-const lacksTangent = defaultDevice() !== 'cpu';
 
 /** What the README asks of float32; float64 as far as another order of summation reaches. */
 const tolerances: Readonly<Record<Precision, Readonly<Record<string, number>>>> = {
@@ -116,7 +113,7 @@ describeWithShared('one evaluation', GOLDEN_SPO, () => {
       expect(Math.abs(norm(mean) / grad_norms.L_SFT_token_mean.total - 1)).toBeLessThan(tolerance.gradient);
     });
 
-    it.skipIf(lacksTangent).each(norms)('norms over %s, R and its gradient for all variables', async (over) => {
+    it.each(norms)('norms over %s, R and its gradient for all variables', async (over) => {
       using model = await openSpoModel(name, dtype);
       const { geometry, grad_norms } = golden();
       const { norm_g_w, norm_g_l, R, active } = geometry[over];
@@ -199,7 +196,7 @@ describeWithShared('one evaluation', GOLDEN_SPO, () => {
     });
   });
 
-  it.skipIf(lacksTangent)('leaves nothing behind', async () => {
+  it('leaves nothing behind', async () => {
     const start = memory().storages;
     {
       using model = await openSpoModel('qwen2', 'float64');

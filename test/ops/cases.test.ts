@@ -5,9 +5,6 @@ import { families } from '../support/cases.js';
 import { checkDefinition, checkDerivative, checkGradients, checkValues, worstRatios } from '../support/checks.js';
 import { testDevices } from '../support/devices.js';
 
-/** CUDA has no kernel for the tangent of attention's backward yet: second derivatives of attention wait. */
-const lacksTangent = (op: string, device: string): boolean => device !== 'cpu' && /attention/i.test(op);
-
 for (const device of testDevices())
   for (const [family, cases] of Object.entries(families))
     describe(`${family} on ${device}`, () => {
@@ -24,7 +21,7 @@ for (const device of testDevices())
         if (c.size !== 'small') continue;
         test(`${c.name}: gradcheck`, () => {
           checkDerivative(c, device, 1);
-          if (!lacksTangent(c.op, device)) checkDerivative(c, device, 2);
+          checkDerivative(c, device, 2);
         });
       }
     });

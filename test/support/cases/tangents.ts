@@ -2,7 +2,6 @@
 // backward kernels. Launched directly; what they mean is the vjp, in float64, of the vjp of a definition.
 
 import { vjp } from '../../../src/autograd/transforms.js';
-import { runtimeInfo } from '../../../src/native/info.js';
 import { launch } from '../../../src/native/launch.js';
 import { add, equal, exp, mul, neg, silu } from '../../../src/ops/elementwise.js';
 import {
@@ -173,12 +172,19 @@ function swigluTangent(rows: number, primal: number, width: number): OpCase {
   });
 }
 
-/** Chosen and rejected as sequences of their own, each after its prompt. */
-function attentionTangent(parts: readonly reference.Part[], heads: [number, number], width: number): OpCase {
+/** Cotangent rows: branches as sequences of their own, each after its prompt; or, if `shared`, the primal rows. */
+function attentionTangent(
+  parts: readonly reference.Part[],
+  heads: [number, number],
+  width: number,
+  shared = false,
+): OpCase {
   const primal = new SegmentLayout(parts);
   const branches = parts.flatMap((p, i) => ((p.parent ?? -1) >= 0 ? [[p.parent!, i]] : []));
-  const apart = SegmentLayout.sequences(branches.map((b) => b.reduce((n, s) => n + parts[s].length, 0)));
-  const map = branches.flat().flatMap((s) => {
+  const apart = shared
+    ? primal
+    : SegmentLayout.sequences(branches.map((b) => b.reduce((n, s) => n + parts[s].length, 0)));
+  const map = (shared ? parts.map((_, s) => s) : branches.flat()).flatMap((s) => {
     const { start, length } = primal.segments[s];
     return Array.from({ length }, (_, i) => start + i);
   });
@@ -195,8 +201,8 @@ function attentionTangent(parts: readonly reference.Part[], heads: [number, numb
       const segments = primal.on(at.device).segments;
       launch('attention', [out, lse, a, b, c, segments], [scale]);
       const outputs = [dout, qDot, kDot, vDot].map((t) => emptyLike(t));
-      const own = apart.on(at.device).segments;
-      launch('attentionTangent', [...outputs, qDot, kDot, vDot, dout, a, b, c, out, lse, segments, own, rows], [scale]);
+      const own = shared ? [null, null] : [apart.on(at.device).segments, rows];
+      launch('attentionTangent', [...outputs, qDot, kDot, vDot, dout, a, b, c, out, lse, segments, ...own], [scale]);
       return outputs;
     },
     reference: (_, qDot, kDot, vDot, dout, ...rest) => {
@@ -205,7 +211,7 @@ function attentionTangent(parts: readonly reference.Part[], heads: [number, numb
       const backward = backwardOf((x, y, z) => attentionDefinition(x, y, z, apart, scale));
       return evaluated(backward, [dout, ...spread], [qDot, kDot, vDot]).cotangents;
     },
-    note: `sequences of ${parts.map((p) => p.length)}`,
+    note: `${shared ? 'segments' : 'sequences'} of ${parts.map((p) => p.length)}`,
   });
 }
 
@@ -385,19 +391,13 @@ const pairOfResponses: HeadShape = {
   words: 49152,
 };
 
-/** CUDA has no kernel for the tangent of attention's backward yet: its cases wait where such a device is in play. */
-const attentionTangents = (): OpCase[] =>
-  runtimeInfo().cuda.available
-    ? []
-    : [
-        attentionTangent(pair(3, 2, 2), [2, 1], 4),
-        attentionTangent(pair(70, 40, 66), [4, 2], 64),
-        attentionTangent(pair(150, 131, 20), [3, 3], 80),
-        timed(attentionTangent(pair(128, 128, 128), [9, 3], 64)),
-      ];
-
 export const tangentCases = (): OpCase[] => [
-  ...attentionTangents(),
+  attentionTangent(pair(3, 2, 2), [2, 1], 4),
+  attentionTangent(pair(9, 3, 5), [2, 1], 200, true),
+  attentionTangent(pair(70, 40, 66), [4, 2], 64),
+  attentionTangent(pair(67, 5, 70), [2, 1], 64, true),
+  attentionTangent(pair(150, 131, 20), [3, 3], 80),
+  timed(attentionTangent(pair(128, 128, 128), [9, 3], 64)),
   shareGradient([3, 5]),
   shareGradient([70, 301]),
   rmsNormTangent([4, 3], 5, 5),
