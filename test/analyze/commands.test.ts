@@ -60,6 +60,48 @@ describe('what it measures', () => {
     for (const key of ['a', 'c', 'd', 'sftAdapters']) expect(terms[key]).toBeGreaterThan(0);
   });
 
+  it('terms: by another solver, by token, to first order; and what it says of rounding', {
+    timeout: 60_000,
+  }, async () => {
+    const measured = async (given: object) => {
+      const { outcome, text } = await run('terms', { lowerLearningRates: [1e-5], ...given });
+      return { terms: JSON.parse(text('terms.json')).terms, findings: outcome!.findings.join('\n') };
+    };
+    const plain = await measured({});
+    const adam = await measured({ lowerSolver: 'adam' });
+    expect(adam.terms.b[0].gap).not.toBeCloseTo(plain.terms.b[0].gap, 6);
+    expect(adam.terms.e).toBe(plain.terms.e);
+    const byToken = await measured({ normPerToken: true });
+    expect(byToken.terms.e).not.toBeCloseTo(plain.terms.e, 3);
+    expect(byToken.terms.b).toEqual(plain.terms.b);
+    const first = await measured({ penaltyForm: 'first-order' });
+    expect([plain, first].map(({ terms }) => terms.firstOrder)).toEqual([false, true]);
+    expect(first.terms.b[0].b / plain.terms.b[0].b).toBeCloseTo(1, 1);
+    const tiny = { lowerLearningRates: [1e-14] };
+    expect((await measured(tiny)).findings).toMatch(
+      /Term \(b\) is below the rounding of float32 at .*: there it is noise/,
+    );
+    expect((await measured({ ...tiny, penaltyForm: 'first-order' })).findings).toMatch(
+      /Term \(b\) is below the rounding of float32 at .*: only its first-order form, which was taken here/,
+    );
+  });
+
+  it('runs: the lower level and the regularizer by their options', { timeout: 60_000 }, async () => {
+    const changes = async (name: 'dynamics' | 'sensitivity', given: object): Promise<string> => {
+      const { text } = await run(name, given);
+      const { options: _, ...found } = JSON.parse(text(`${name}.json`));
+      return JSON.stringify(found, (key, value) => (key === 'seconds' ? undefined : value));
+    };
+    const lower = { lowerSteps: 2, lowerLearningRate: 1e-2, learningRate: 1e-3 };
+    for (const name of ['dynamics', 'sensitivity'] as const) {
+      const found = [await changes(name, lower)];
+      for (const given of [{ lowerSolver: 'momentum' }, { lowerWarmStart: true }, { normPerToken: true }])
+        found.push(await changes(name, { ...lower, ...given }));
+      expect(new Set(found).size).toBe(4);
+      expect(await changes(name, lower)).toBe(found[0]);
+    }
+  });
+
   it('mass shift: shares of probability add up', { timeout: 60_000 }, async () => {
     const { text } = await run('mass-shift', { seed: 3 });
     const { responses, runs, toy } = JSON.parse(text('mass-shift.json'));

@@ -147,6 +147,18 @@ describe('help', () => {
     expect(out).toMatch(/--beta X +.*\(default 0\.5\)/);
     expect(out).toMatch(/--loss-type NAME\[,NAME\] +preference loss.*sigmoid \| hinge/s);
     expect(out).not.toContain('--sft-loss');
+    for (const [flag, said] of [
+      ['--preset NAME', 'paper (GSM8K): lambda 1, gamma'],
+      ['--lambda-schedule NAME', 'constant, or from 0 to --lambda'],
+      ['--lambda-ramp-steps N', '(default 100)'],
+      ['--penalty-form NAME', '(default auto)'],
+      ['--norm-per-token', 'for losses normalized by length'],
+      ['--regularizer-method NAME', 'not with bfloat16'],
+      ['--lower-solver NAME', 'gradient, momentum or adam'],
+      ['--lower-warm-start', "a copy of the backbone's size"],
+      ['--term-norms', 'terms (c) and (e)'],
+    ])
+      expect(out.replace(/\s+/g, ' ').split(` ${flag} `)[1]).toContain(said);
     expect(Math.max(...out.split('\n').map((line) => line.length))).toBeLessThanOrEqual(100);
   });
 
@@ -177,6 +189,17 @@ describe('errors', () => {
     ],
     [['sft', '--epochs'], '--epochs: expected a value, found nothing; see keelgrad sft --help'],
     [['sft', '--data', 'd'], 'keelgrad sft needs --model DIR --output DIR; see keelgrad sft --help'],
+    [
+      ['spo', ...required, '--train', 'lora'],
+      'not of keelgrad spo: spo always trains both levels, the backbone in the lower one and the adapters in the upper one; keelgrad dpo trains one of the two',
+    ],
+    [
+      ['spo', ...required, '--norm-per-token'],
+      '--norm-per-token has no effect with --gamma 0: there is no regularizer',
+    ],
+    [['spo', ...required, '--preset', 'best'], '--preset: expected one of paper, recommended, found "best"'],
+    [['spo', ...required, '--lambda', '-1'], '--lambda: expected a number of at least 0, found -1'],
+    [['spo', ...required, '--lower-warm-start', '--dtype', 'bfloat16'], '--lower-warm-start cannot be had with'],
     [['dpo', ...required, '--beta', '-1'], '--beta: expected a number above 0, found -1'],
     [['dpo', ...required, '--label-smoothing', '0.1'], '--loss-type robust'],
   ])('%j', async (argv, message) => {
@@ -220,6 +243,29 @@ describe('options', () => {
       beta: 0.5,
     });
     expect((await run(['sft', ...required])).options).toMatchObject({ shuffle: true, overwrite: false });
+  });
+
+  it('takes the settings of spo, a preset overridden by options and by a file', async () => {
+    const flags = '--preset paper --gamma 0.2 --norm-per-token --regularizer-method finite-differences --lower-steps 3';
+    const more =
+      '--lower-solver momentum --lower-warm-start --lambda-schedule cosine --lambda-ramp-steps 9 --term-norms';
+    const { options } = await run(['spo', ...required, ...`${flags} ${more}`.split(' ')]);
+    const given = {
+      preset: 'paper',
+      gamma: 0.2,
+      normPerToken: true,
+      regularizerMethod: 'finite-differences',
+      lowerSteps: 3,
+      lowerSolver: 'momentum',
+      lowerWarmStart: true,
+      lambdaSchedule: 'cosine',
+      lambdaRampSteps: 9,
+      termNorms: true,
+    };
+    expect(options).toMatchObject({ ...given, epochs: 3, lowerLearningRate: 2e-5 });
+    const file = config('spo.yaml', 'preset: recommended\nlambda: 4\npenalty-form: difference\n');
+    const merged = await run(['spo', ...required, '--config', file, '--preset', 'paper']);
+    expect(merged.options).toMatchObject({ preset: 'paper', lambda: 4, penaltyForm: 'difference', batchSize: 4 });
   });
 
   it.each([

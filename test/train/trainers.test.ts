@@ -1,11 +1,13 @@
 // The trainers as library calls: the same steps as the command, on a model in memory; stopping early; what they refuse.
-import { beforeAll, describe, expect, it } from 'vitest';
+import { beforeAll, describe, expect, it, vi } from 'vitest';
 import { KeelgradError } from '../../src/errors.js';
 import { loadModel } from '../../src/io/model-folder.js';
 import { loadTokenizer } from '../../src/io/tokenizer.js';
 import type { CausalLM } from '../../src/models/causal-lm.js';
+import { tanh } from '../../src/ops/elementwise.js';
 import { memory } from '../../src/tensor/storage.js';
 import type { Metrics, RunStep } from '../../src/train/hooks.js';
+import { spoPresets } from '../../src/train/presets.js';
 import { dpo, sft, spo } from '../../src/train/trainers.js';
 import { makeModelFolder } from '../fixtures/make.js';
 import { writeToyTokenizer } from '../io/toy-tokenizer.js';
@@ -105,6 +107,51 @@ describe('a library call', () => {
     expect(await of('simpo')).toEqual(await of(['simpo']));
   });
 
+  it('takes spo’s presets and the settings of its lower level', async () => {
+    const of = async (options: Parameters<typeof spo>[2]): Promise<Metrics[]> => {
+      using model = await loadModel(path, { lora });
+      return stable(await steps(spo(model, pairs, { maxSteps: 3, ...options })));
+    };
+    const preset = await of({ preset: 'recommended' });
+    expect(preset).toEqual(await of({ ...spoPresets.recommended }));
+    expect(preset).not.toEqual(await of({}));
+    const lower = { steps: 2, lr: 1e-3, solver: 'momentum', warmStart: true } as const;
+    const flat = { lowerSteps: 2, lowerLearningRate: 1e-3, lowerSolver: 'momentum', lowerWarmStart: true } as const;
+    expect(await of({ lower })).toEqual(await of(flat));
+    const ramp = await of({ lambda: 2, lambdaSchedule: 'linear', lambdaRampSteps: 2 });
+    expect(ramp.map((step) => step['spo/lambda'])).toEqual([0, 1, 2]);
+  });
+
+  it('refuses what the dtype of the loaded model rules out, before anything is computed', async () => {
+    using model = await loadModel(path, { lora, dtype: 'bfloat16' });
+    for (const [options, text] of [
+      [
+        { gamma: 0.1, regularizerMethod: 'finite-differences' },
+        /^regularizer method finite-differences expected dtype float32 or float64, found bfloat16: .* round away in it; use/,
+      ],
+      [
+        { lower: { solver: 'adam' } },
+        /^lower solver adam cannot be had with the first-order form of term \(b\), which dtype bfloat16 takes: .* plain gradient steps/,
+      ],
+      [{ lowerWarmStart: true }, /^lower warm start cannot be had .* a warm start begins elsewhere; use no lower warm/],
+    ] as const)
+      expect(await message(spo(model, pairs, options))).toMatch(text);
+    const possible = { lowerWarmStart: true, penaltyForm: 'difference', maxSteps: 2 } as const;
+    expect(await steps(spo(model, pairs, possible))).toHaveLength(2);
+  });
+
+  it('names an op whose gradients cannot be kept apart by sequence', async () => {
+    using model = await loadModel(path, { lora });
+    const original = model.logProbs.bind(model);
+    vi.spyOn(model, 'logProbs').mockImplementation((...args) => {
+      const out = original(...args);
+      return { ...out, logProbs: tanh(out.logProbs) };
+    });
+    expect(await message(spo(model, pairs, { gamma: 0.1, maxSteps: 1 }))).toMatch(
+      /^\[tanh\] has no rule that keeps the gradients of sequences apart, as their norms need; leave the regularizer out/,
+    );
+  });
+
   it('refuses what the command refuses, in the spelling of its options', async () => {
     using model = await loadModel(path, { lora });
     using bare = await loadModel(path);
@@ -130,7 +177,9 @@ describe('a library call', () => {
     expect(await message(dpo(model, [{ prompt_ids: [1], chosen_ids: [99], rejected_ids: [2] }]))).toMatch(
       /records:1: token id 99/,
     );
-    expect(await message(spo(bare, pairs))).toMatch(/no adapters to train/);
+    expect(await message(spo(bare, pairs))).toMatch(
+      /no adapters to train, and spo always trains both levels.*; load it with/,
+    );
     expect(await message(dpo(bare, pairs, { train: 'lora' }))).toMatch(/no adapters to train/);
   });
 });
