@@ -43,5 +43,5 @@ export const makeAlignedModel = (folder: string): Promise<string> =>
 export const methods: readonly (readonly ['sft' | 'dpo' | 'spo', Given])[] = [
   ['sft', { train: 'full', 'learning-rate': 1e-3 }],
   ['dpo', { train: 'lora', 'learning-rate': 1e-3 }],
-  ['spo', { 'learning-rate': 1e-3, lambda: 0.5, gamma: 0, 'lower-steps': 1, 'lower-learning-rate': 1e-3 }],
+  ['spo', { 'learning-rate': 1e-3, lambda: 0.5, gamma: 0.1, 'lower-steps': 1, 'lower-learning-rate': 1e-3 }],
 ];
