@@ -59,4 +59,5 @@ export {
 export { Tensor, type TensorOptions } from './tensor/tensor.js';
 export { scorePairs } from './train/batch-source.js';
 export type { Metrics, RunStep } from './train/hooks.js';
+export { type SpoPresetName, spoPresets } from './train/presets.js';
 export { dpo, sft, spo, type TrainerOptions } from './train/trainers.js';

@@ -9,6 +9,7 @@ import { watchDisplacement } from './displacement.js';
 import type { RunStep, TrainHooks } from './hooks.js';
 import { train } from './loop.js';
 import { prepareTask, type SessionData } from './make-task.js';
+import { rampNotice } from './notices.js';
 import { planSteps, type ResolvedTrainOptions, type SftOptions } from './options.js';
 import { watchPenalty } from './penalty-watch.js';
 import { type GroupName, parametersOf, Trainable } from './task.js';
@@ -90,6 +91,8 @@ export async function openSession(
     return options.method === 'spo' ? watchPenalty(steps, dtype, hooks.onMessage) : steps;
   };
   const { plan, warmupSteps } = stepPlan(options, data.examples.length);
+  const notice = options.method === 'spo' ? rampNotice(options, plan.totalSteps) : undefined;
+  if (notice) hooks.onMessage?.(notice);
   const makeTask = await prepareTask({ model, data, options, visited: plan.visited(), hooks });
   const trainable = new Trainable(model, groups);
   const optimizer = makeOptimizer(trainable, options);

@@ -6,6 +6,7 @@ import { matmul } from '../../src/ops/product.js';
 import { sum } from '../../src/ops/reduce.js';
 import { BilevelOptimizer, type BilevelOptions, type BilevelProblem } from '../../src/optim/bilevel/bilevel.js';
 import { descend } from '../../src/optim/bilevel/lower-level.js';
+import { penaltySchedule } from '../../src/optim/bilevel/penalty-schedule.js';
 import { detachFromScope, scope } from '../../src/tensor/scope.js';
 import { memory } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
@@ -121,7 +122,25 @@ describe('a quadratic problem', () => {
     const distance = (options: BilevelOptions): number =>
       Math.hypot(...run(options, 250).phi.map((x, i) => x - limit[i]));
     expect(distance(growing)).toBeLessThan(0.02);
+    const ramp = { ...first, optimizer, penalty: penaltySchedule({ value: 50, name: 'cosine', rampSteps: 60 }) };
+    expect(distance(ramp)).toBeLessThan(0.02);
     expect(distance({ ...first, optimizer })).toBeGreaterThan(0.1);
+  });
+
+  it('reports the penalty of its schedule, and F with it', () => {
+    scope(() => {
+      using optimizer = new BilevelOptimizer(quadratic(vector([1, 2]), vector([-1, 0.5])), {
+        penalty: penaltySchedule({ value: 3, name: 'linear', rampSteps: 2 }),
+        lowerLevel: { steps: 1, learningRate: 0.5 },
+        learningRates: { lower: 0.01, upper: 0.01 },
+      });
+      for (const penalty of [0, 1.5, 3, 3]) {
+        const step = optimizer.step();
+        const gap = step.lower.item() - step.lowerOptimum.item();
+        expect(step.penalty).toBe(penalty);
+        expect(step.objective.item()).toBeCloseTo(step.upper.item() + penalty * gap, 12);
+      }
+    });
   });
 
   it('has the hypergradient where θ has settled, up to 1/λ', () => {

@@ -379,6 +379,25 @@ describe('values', () => {
     expect(refusal(method, { [key]: value })).toMatch(/^--[a-z0-9-]+: expected .+, found /);
   });
 
+  it('says what is out of range at spo', () => {
+    for (const [key, value, expected] of [
+      ['lambda', -1, '--lambda: expected a number of at least 0, found -1'],
+      ['gamma', -1, '--gamma: expected a number of at least 0, found -1'],
+      ['lowerLearningRate', 0, '--lower-learning-rate: expected a number above 0, found 0; use --lower-steps 0 for no'],
+      ['lowerSteps', -1, '--lower-steps: expected a whole number of at least 0, found -1'],
+      ['beta', 0, '--beta: expected a number above 0, found 0'],
+      ['learningRateBackbone', -1, '--learning-rate-backbone: expected a number of at least 0, found -1'],
+      ['learningRateAdapters', -1, '--learning-rate-adapters: expected a number of at least 0, found -1'],
+      ['lambdaRampSteps', 0, '--lambda-ramp-steps: expected a whole number of at least 1, found 0'],
+      [
+        'lowerSolver',
+        'adm',
+        '--lower-solver: expected one of gradient, momentum, adam, found "adm"; did you mean "adam"?',
+      ],
+    ] as const)
+      expect(refusal('spo', { [key]: value })).toContain(expected);
+  });
+
   it('says what to do', () => {
     expect(refusal('sft', { beta1: 1 })).toBe('beta1 is no option of keelgrad sft; did you mean --adam-beta1?');
     expect(refusal('sft', { warmupSteps: '0.1' })).toBe(
@@ -406,7 +425,10 @@ describe('names', () => {
   it('says whose option it is', () => {
     expect(refusal('dpo', { '--gamma': 1 })).toMatch(/^--gamma is an option of keelgrad spo, not of keelgrad dpo/);
     expect(refusal('dpo', { 'learning-rate-backbone': 1 })).toMatch('did you mean --learning-rate?');
-    expect(refusal('spo', { train: 'full' })).toMatch('spo always trains both levels');
+    for (const train of ['lora', 'full'])
+      expect(refusal('spo', { train })).toMatch(
+        'spo always trains both levels, the backbone in the lower one and the adapters in the upper one',
+      );
     expect(refusal('sft', { lossType: 'dft' })).toMatch(
       'not of keelgrad sft: its losses are --sft-loss nll and --sft-loss dft',
     );
@@ -588,6 +610,7 @@ describe('losses that lack what they need, or that cannot be had together', () =
         ['dpo', { lossType, reference: 'none' }, `--loss-type: ${lossType} needs a reference: it `] as const,
     ),
     ['dpo', { lossType: 'kto', reference: 'none' }, 'leave it out, or use --reference initial'],
+    ['spo', { lossType: 'apo_zero', reference: 'none' }, '--loss-type: apo_zero needs a reference: it '],
     [
       'dpo',
       { lossType: 'ipo_sum', fDivergenceType: 'js_divergence' },

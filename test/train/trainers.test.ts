@@ -120,6 +120,10 @@ describe('a library call', () => {
     expect(await of({ lower })).toEqual(await of(flat));
     const ramp = await of({ lambda: 2, lambdaSchedule: 'linear', lambdaRampSteps: 2 });
     expect(ramp.map((step) => step['spo/lambda'])).toEqual([0, 1, 2]);
+    const messages: string[] = [];
+    const hooks = { onMessage: (text: string) => messages.push(text) };
+    await of({ lambdaSchedule: 'linear', lambdaRampSteps: 4, hooks });
+    expect(messages).toEqual(['lambda does not reach 1: its ramp takes 4 steps and the run 3; the last one has 0.5']);
   });
 
   it('refuses what the dtype of the loaded model rules out, before anything is computed', async () => {
