@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -13,8 +14,9 @@ namespace {
 
 constexpr uint64_t kRingBytes = 8u << 20;
 constexpr int kSpins = 3000;
-constexpr uint64_t kLaunchesPerCheck = 1 << 14;  // a deferred queue is asked for faults this often, read or not
-constexpr unsigned char kGuardByte = 0xcb;       // as float32 about -2.7e7, never a plausible value
+constexpr std::chrono::milliseconds kRingPause(1);  // a full ring lasts longer, and kernels need the cores
+constexpr uint64_t kLaunchesPerCheck = 1 << 14;     // a deferred queue is asked for faults this often, read or not
+constexpr unsigned char kGuardByte = 0xcb;          // as float32 about -2.7e7, never a plausible value
 
 enum class Kind : uint32_t { Launch, Upload, Download, Fence, Fill, Check, Wrap };
 
@@ -116,7 +118,7 @@ Stream::Header* Stream::reserve(size_t bytes) {
   uint64_t room = kRingBytes - at % kRingBytes;
   auto waitFor = [&](uint64_t end) {  // the ring pushes back
     for (int spins = 0; end - consumed_.load(std::memory_order_acquire) > kRingBytes; spins++)
-      spins < kSpins ? cpuRelax() : std::this_thread::yield();
+      spins < kSpins ? cpuRelax() : std::this_thread::sleep_for(kRingPause);
   };
   if (room < bytes) {
     waitFor(at + room);
