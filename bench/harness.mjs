@@ -23,6 +23,12 @@ export async function measureOnce(run, times = 2) {
   return { best: samples[0], median: samples[Math.floor(samples.length / 2)], samples: times };
 }
 
+export function median(values) {
+  const sorted = [...values].sort((a, b) => a - b);
+  const half = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+}
+
 export function formatSeconds(s) {
   if (s === undefined || Number.isNaN(s)) return '';
   if (s >= 1) return `${s.toFixed(2)} s`;

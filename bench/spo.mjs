@@ -1,13 +1,15 @@
 // What SPO costs beside DPO: loss and gradients of a step on SmolLM2-135M's shape, backbone and adapters trained, prompts
 // shared, without the optimizer's update; by what the step computes, that is by the paper's terms (a) to (e). In the same run
-// PyTorch's DPO step on the same shape. Ratios are to our own DPO step.
+// PyTorch's DPO step on the same shape. All steps take turns; ratios are medians over the rounds, to our own DPO step of the
+// same round.
 import { load } from './build.mjs';
-import { measureOnce } from './harness.mjs';
+import { median } from './harness.mjs';
 import { Peer } from './peer.mjs';
 import { smollm2 } from './shapes.mjs';
 import { examplesOf, modules } from './steps.mjs';
 
-const shape = { name: 'SmolLM2-135M', config: smollm2, pairs: 4, prompt: 128, response: 128, times: 3 };
+const shape = { name: 'SmolLM2-135M', config: smollm2, pairs: 4, prompt: 128, response: 128 };
+const rounds = 5;
 const dpo = { beta: 0.1 };
 const common = {
   ...dpo,
@@ -19,16 +21,26 @@ const common = {
   sftReduction: 'sum',
 };
 
-/** Rows of the table; limits are ratios to the DPO step. */
+/** Rows of the table: what each adds to the row it follows, and limits as ratios to the DPO step. */
 const rows = [
-  { name: 'DPO', terms: '(a) (c)', options: null },
-  { name: 'SPO, gamma 0, K 0', terms: '(a) (c) (d)', options: { lowerSteps: 0 } },
-  { name: 'SPO, gamma 0, K 1', terms: '(a) to (d)', options: {}, limits: { time: 1.85, memory: 1.25 } },
+  { name: 'DPO', terms: '(a) (c)', options: null, beside: true },
+  { name: 'SPO, gamma 0, K 0', terms: '(a) (c) (d)', options: { lowerSteps: 0 }, adds: '(d)', after: 0 },
+  {
+    name: 'SPO, gamma 0, K 1',
+    terms: '(a) to (d)',
+    options: {},
+    adds: '(b)',
+    after: 1,
+    limits: { time: 1.85, memory: 1.25 },
+    beside: true,
+  },
   {
     name: 'SPO, no pair active',
     terms: '(a) to (d), norms',
     options: { gamma: 0.1 },
     pairs: 'inactive',
+    adds: 'the norms',
+    after: 2,
     limits: { time: 2, memory: 1.6 },
   },
   {
@@ -36,6 +48,8 @@ const rows = [
     terms: '(a) to (e)',
     options: { gamma: 0.1 },
     pairs: 'active',
+    adds: '(e)',
+    after: 3,
     limits: { time: 4.2, memory: 1.6 },
   },
 ];
@@ -84,52 +98,79 @@ class Bed {
   }
 }
 
+/** One step of each row a round, PyTorch's in between: seconds and peaks by row. */
+async function alternate(m, device, own) {
+  const bed = new Bed(m, device);
+  const indices = Array.from({ length: shape.pairs }, (_, i) => i);
+  const tasks = [];
+  for (const row of rows) tasks.push(bed.task(row.options, await bed.examples(row.pairs)));
+  const samples = rows.map(() => ({ seconds: [], peak: 0 }));
+  const theirs = { seconds: [], peak: 0 };
+  for (let round = 0; round < rounds; round++) {
+    for (const [i, task] of tasks.entries()) {
+      m.storage.trimMemory(device);
+      m.storage.resetPeakMemory(device);
+      const start = performance.now();
+      await bed.step(task, indices);
+      samples[i].seconds.push((performance.now() - start) / 1e3);
+      samples[i].peak = Math.max(samples[i].peak, m.storage.memory(device).peak);
+    }
+    if (own) await timePeer(own, theirs);
+  }
+  bed.dispose();
+  m.storage.trimMemory(device);
+  return { samples, theirs: theirs.seconds.length > 0 ? theirs : null };
+}
+
+/** PyTorch's DPO step; its process keeps the model between rounds. */
+async function timePeer(own, into) {
+  const { config, pairs, prompt, response } = shape;
+  const work = { kind: 'step', op: 'dpo', loss: 'dpo', config, pairs, prompt, response, times: 1, gradient: true };
+  const answer = await own.time(work);
+  if (!answer) return;
+  into.seconds.push(answer.best);
+  into.peak = answer.peakBytes;
+}
+
+const summary = ({ seconds, peak }) => ({
+  best: Math.min(...seconds),
+  median: median(seconds),
+  samples: seconds.length,
+  peakBytes: peak,
+});
+
+function result(row, { samples, theirs }) {
+  const own = samples[rows.indexOf(row)];
+  const perRound = (seconds, other) => median(seconds.map((s, i) => s / other[i]));
+  const time = perRound(own.seconds, samples[0].seconds);
+  const memory = own.peak / samples[0].peak;
+  const before = row.adds && perRound(samples[row.after].seconds, samples[0].seconds);
+  const notes = [`${time.toFixed(2)}× time, ${memory.toFixed(2)}× memory of DPO`];
+  if (row.limits) notes[0] += ` (limits ${row.limits.time}×, ${row.limits.memory}×)`;
+  if (row.adds) notes.push(`${row.adds}: ${(time - before).toFixed(2)}×`);
+  const peer = row.beside && theirs ? summary(theirs) : undefined;
+  if (peer) notes.push(`PyTorch's DPO takes ${perRound(theirs.seconds, own.seconds).toFixed(2)}× this`);
+  return { ...summary(own), ratio: time, memoryRatio: memory, note: [row.terms, ...notes].join('; '), peer };
+}
+
 export async function spoWork({ device, peer }) {
   const m = await modules();
   const threads = peer ? (await load('src/native/info.js')).runtimeInfo().threads : 0;
-  const indices = Array.from({ length: shape.pairs }, (_, i) => i);
-  let base = null;
-
-  async function run(row) {
-    const bed = new Bed(m, device);
-    const task = bed.task(row.options, await bed.examples(row.pairs));
-    m.storage.trimMemory(device);
-    m.storage.resetPeakMemory(device);
-    const measured = await measureOnce(() => bed.step(task, indices), shape.times);
-    const { peak } = m.storage.memory(device);
-    bed.dispose();
-    m.storage.trimMemory(device);
-    base ??= { best: measured.best, peak };
-    const time = measured.best / base.best;
-    const memory = peak / base.peak;
-    const limits = row.limits ? ` (limits ${row.limits.time}×, ${row.limits.memory}×)` : '';
-    const note = `${row.terms}; ${time.toFixed(2)}× time, ${memory.toFixed(2)}× memory of DPO${limits}`;
-    return {
-      ...measured,
-      peakBytes: peak,
-      ratio: time,
-      memoryRatio: memory,
-      note,
-      peer: row.options ? undefined : await theirs(),
-    };
-  }
-
-  /** PyTorch's DPO step, in a process of its own. */
-  async function theirs() {
-    if (!peer) return undefined;
-    const own = Peer.open(threads);
-    const { config, pairs, prompt, response, times } = shape;
-    const work = { kind: 'step', op: 'dpo', loss: 'dpo', config, pairs, prompt, response, times, gradient: true };
-    const answer = await own.time(work);
-    own.close();
-    return answer ?? undefined;
-  }
-
+  let measured;
+  const measure = async () => {
+    const own = peer ? Peer.open(threads) : null;
+    const all = await alternate(m, device, own);
+    own?.close();
+    return all;
+  };
   const tokens = `${shape.pairs} pairs of ${shape.prompt} + ${shape.response}`;
   return rows.map((row) => ({
     section: 'spo',
     name: `${shape.name} ${row.name}, ${tokens}`,
     dtype: 'float32',
-    run: () => run(row),
+    run: async () => {
+      measured ??= measure();
+      return result(row, await measured);
+    },
   }));
 }
