@@ -90,11 +90,13 @@ const ofPairs = [
 const ofLevels = ['grad_norm/backbone', 'grad_norm/adapters', 'learning_rate/backbone', 'learning_rate/adapters'];
 const ofSpo = [
   'spo/first_order',
+  'spo/lambda',
   'spo/share_a',
   'spo/share_b',
   'spo/share_d',
   'spo/term_a',
   'spo/term_b',
+  'spo/term_b_rounding',
   'spo/term_d',
   'spo/dpo',
   'spo/sft',
