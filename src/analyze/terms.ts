@@ -143,6 +143,7 @@ export async function measureTerms(
     // The NLL of chosen responses beside the loss is L_SFT, with its gradient for both groups.
     const nllReduction = options.spo.sftReduction === 'token-mean' ? 'token-mean' : 'sequence-sum';
     const sft = await added({ nllWeight: (options.spo.nllWeight ?? 0) + 1, nllReduction });
+    const [a, c] = [await norm('adapters', preference), await norm('backbone', preference)];
     const b: LowerTerm[] = [];
     for (const steps of lowerSteps)
       for (const lowerLearningRate of lowerLearningRates) {
@@ -155,11 +156,10 @@ export async function measureTerms(
           // Its first step is the gradient's.
           lowerSolver: lowerSolver === 'momentum' && steps === 1 ? 'gradient' : lowerSolver,
         });
-        const belowRounding = phi < roundingOf(model.dtype, sft.phi);
+        const belowRounding = phi < roundingOf(model.dtype, sft.phi, a);
         b.push({ lowerLearningRate, lowerSteps: steps, b: phi, gap, belowRounding });
       }
     const r = await added({ gamma: 1, normPerToken });
-    const [a, c] = [await norm('adapters', preference), await norm('backbone', preference)];
     return { a, c, d: sft.theta, sftAdapters: sft.phi, e: r.theta, ePhi: r.phi, b, firstOrder };
   } finally {
     release(preference);

@@ -86,9 +86,10 @@ export async function openSession(
         ? 'the model has no adapters to train, and spo always trains both levels, backbone and adapters; load it with lora, or use dpo'
         : 'the model has no adapters to train; load it with lora, or train the full model',
     );
-  const watched = (steps: ReturnType<typeof train>, dtype: string): ReturnType<typeof train> => {
+  const watched = (steps: ReturnType<typeof train>): ReturnType<typeof train> => {
     if (options.method === 'dpo') return watchDisplacement(steps, hooks.onMessage);
-    return options.method === 'spo' ? watchPenalty(steps, dtype, hooks.onMessage) : steps;
+    if (options.method === 'sft') return steps;
+    return watchPenalty(steps, { dtype: model.dtype, lambda: options.lambda }, hooks.onMessage);
   };
   const { plan, warmupSteps } = stepPlan(options, data.examples.length);
   const notice = options.method === 'spo' ? rampNotice(options, plan.totalSteps) : undefined;
@@ -110,7 +111,7 @@ export async function openSession(
     plan,
     groups,
     trainableParameters: groups.reduce((n, g) => n + countParameters(parametersOf(model, g)), 0),
-    steps: () => watched(train(task, loop), model.dtype),
+    steps: () => watched(train(task, loop)),
     masters: (group) => optimizer.masters(group),
     dispose: () => {
       optimizer.dispose();

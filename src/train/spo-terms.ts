@@ -4,6 +4,7 @@ import { GradientBuffers } from '../autograd/sinks.js';
 import { addInPlace, mul, sub } from '../ops/elementwise.js';
 import { clone, zeros } from '../ops/movement.js';
 import { sumOfSquares } from '../optim/clip.js';
+import { accumulationDType, type DType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import type { GroupName, Trainable } from './task.js';
@@ -12,10 +13,12 @@ import type { GroupName, Trainable } from './task.js';
 const unitRoundoff = (dtype: string): number => ({ float64: 2 ** -53, float32: 2 ** -24 })[dtype] ?? 2 ** -8;
 
 /**
- * What rounding can make of a difference of two gradients of this norm in a dtype of computation: each is off by some
- * roundings of its own size. A term (b) below it, taken as that difference, is noise.
+ * What rounding can make of term (b) as the difference of two gradients `λ ∇_φ L_SFT` of this norm, within a gradient of norm
+ * `whole`: each of the two is off by some roundings of its own size, and the buffers that hold their sum with the other terms
+ * round to theirs. A term (b) below it is noise.
  */
-export const roundingOf = (dtype: string, gradientNorm: number): number => 8 * unitRoundoff(dtype) * gradientNorm;
+export const roundingOf = (dtype: DType, sft: number, whole: number): number =>
+  8 * unitRoundoff(dtype) * sft + unitRoundoff(accumulationDType(dtype)) * whole;
 
 type Buffers = ReadonlyMap<string, Tensor>;
 
@@ -116,7 +119,9 @@ export class TermMeter {
           [`spo/share_${n}`, share(n)],
         ]),
       ),
-      ...(sft !== undefined && { 'spo/term_b_rounding': roundingOf(this.trainable.model.dtype, sft) }),
+      ...(sft !== undefined && {
+        'spo/term_b_rounding': roundingOf(this.trainable.model.dtype, sft, norms.get('phi')!),
+      }),
     };
   }
 

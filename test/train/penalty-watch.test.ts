@@ -45,6 +45,7 @@ describe('a run of spo', () => {
     { 'lower-learning-rate': 1e-9, dtype: 'bfloat16' },
     { 'lower-learning-rate': 1e-9, dtype: 'float64' },
     { lambda: 0 },
+    { 'lower-learning-rate': 1e-2, 'lambda-schedule': 'linear', 'lambda-ramp-steps': 3, gamma: 0.1 },
     { 'lower-steps': 0 },
   ])('whose term (b) is more, or no difference, does not: %j', async (given) => {
     expect(warnings(await run(given))).toEqual([]);
@@ -60,12 +61,15 @@ describe('a run of spo', () => {
 });
 
 describe('the criterion', () => {
-  const step = (metrics: Record<string, number>) => penaltyWarning({ step: 3, totalSteps: 9, metrics }, 'float32');
+  const step = (metrics: Record<string, number>) =>
+    penaltyWarning({ step: 3, totalSteps: 9, metrics }, { dtype: 'float32', lambda: 2 });
 
   it('compares measured norms, and is silent without them', () => {
     expect(step({ 'spo/term_a': 2, 'spo/term_b': 1e-7, 'spo/term_b_rounding': 1e-6 })).toMatch(/^step 3: /);
     expect(step({ 'spo/term_a': 2, 'spo/term_b': 1e-6, 'spo/term_b_rounding': 1e-6 })).toBeUndefined();
     expect(step({ 'spo/term_b': 0, 'spo/term_b_rounding': 0 })).toBeUndefined();
     expect(step({ loss: 1 })).toBeUndefined();
+    expect(step({ 'spo/lambda': 1, 'spo/term_b': 1e-7, 'spo/term_b_rounding': 1e-6 })).toBeUndefined();
+    expect(step({ 'spo/lambda': 2, 'spo/term_b': 1e-7, 'spo/term_b_rounding': 1e-6 })).toMatch(/rounding in float32/);
   });
 });
