@@ -70,6 +70,8 @@ describe('the criterion', () => {
     expect(step({ 'spo/term_b': 0, 'spo/term_b_rounding': 0 })).toBeUndefined();
     expect(step({ loss: 1 })).toBeUndefined();
     expect(step({ 'spo/lambda': 1, 'spo/term_b': 1e-7, 'spo/term_b_rounding': 1e-6 })).toBeUndefined();
-    expect(step({ 'spo/lambda': 2, 'spo/term_b': 1e-7, 'spo/term_b_rounding': 1e-6 })).toMatch(/rounding in float32/);
+    expect(step({ 'spo/term_a': 2, 'spo/lambda': 2, 'spo/term_b': 1e-7, 'spo/term_b_rounding': 1e-6 })).toMatch(
+      /rounding in float32/,
+    );
   });
 });
