@@ -173,9 +173,16 @@ def causal_model(config):
 
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "vocab_size", "tie_word_embeddings", "rope_theta", "rms_norm_eps", "max_position_embeddings")
-    model = LlamaForCausalLM(LlamaConfig(**{n: config[n] for n in names}, attn_implementation="sdpa"))
-    model.train(False)
-    return model
+    return LlamaForCausalLM(LlamaConfig(**{n: config[n] for n in names}, attn_implementation="sdpa"))
+
+
+def with_adapters(model, rank):
+    """PEFT's LoRA on every linear of the blocks, trained beside the backbone."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets))
+    return model.requires_grad_(True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -183,6 +190,9 @@ def prepared_step(text):
     """One pass of a loss over padded-free batches of prompt + response, all positions through the head, as TRL does."""
     work = json.loads(text)
     model = causal_model(work["config"])
+    if work.get("lora"):
+        model = with_adapters(model, work["lora"])
+    model.train(False)
     prompt, response, pairs, vocabulary = work["prompt"], work["response"], work["pairs"], work["config"]["vocab_size"]
     sequences = pairs if work["loss"] == "sft" else 2 * pairs
     ids = torch.randint(0, vocabulary, (sequences, prompt + response))

@@ -1,7 +1,8 @@
 // What SPO costs beside DPO: loss and gradients of a step on SmolLM2-135M's shape, backbone and adapters trained, prompts
 // shared, without the optimizer's update; by what the step computes, that is by the paper's terms (a) to (e). In the same run
-// PyTorch's DPO step on the same shape. All steps take turns; ratios are medians over the rounds, to our own DPO step of the
-// same round.
+// PyTorch's DPO step of the same shape and trained parameters (transformers, PEFT), and of the backbone alone. All steps take
+// turns; ratios are medians over the rounds, to our own DPO step of the same round. A round before them warms everybody up:
+// memory is what a training run would have, its own from the step before.
 import { load } from './build.mjs';
 import { median } from './harness.mjs';
 import { Peer } from './peer.mjs';
@@ -10,6 +11,7 @@ import { examplesOf, modules } from './steps.mjs';
 
 const shape = { name: 'SmolLM2-135M', config: smollm2, pairs: 4, prompt: 128, response: 128 };
 const rounds = 5;
+const rank = 16;
 const dpo = { beta: 0.1 };
 const common = {
   ...dpo,
@@ -58,7 +60,7 @@ class Bed {
   constructor(m, device) {
     Object.assign(this, { m, device });
     this.model = m.initialize.createModel(m.config.parseModelConfig(shape.config), { seed: 1, device });
-    m.folder.addLora(this.model, { r: 16, alpha: 32 });
+    m.folder.addLora(this.model, { r: rank, alpha: 2 * rank });
     this.trainable = new m.task.Trainable(this.model, ['backbone', 'adapters']);
     const table = () => new Float64Array(shape.pairs);
     this.reference = { chosen: table(), rejected: table() };
@@ -98,38 +100,56 @@ class Bed {
   }
 }
 
+/** PyTorch's steps, each in a process of its own that keeps its model between rounds. */
+class Peers {
+  constructor(threads) {
+    const { config, pairs, prompt, response } = shape;
+    const work = { kind: 'step', op: 'dpo', loss: 'dpo', config, pairs, prompt, response, times: 1, gradient: true };
+    this.entries = [
+      { work: { ...work, lora: rank }, samples: [], peak: 0 },
+      { work, samples: [], peak: 0 },
+    ];
+    for (const entry of this.entries) entry.peer = Peer.open(threads);
+  }
+
+  async round(warm) {
+    for (const entry of this.entries) {
+      const answer = await entry.peer.time(entry.work);
+      if (!answer) continue;
+      if (warm) entry.samples.push(answer.best);
+      entry.peak = answer.peakBytes;
+    }
+  }
+
+  /** Seconds and peaks, with the adapters and without; null for what PyTorch could not do. */
+  close() {
+    for (const { peer } of this.entries) peer.close();
+    const found = ({ samples, peak }) => (samples.length > 0 ? { seconds: samples, peak } : null);
+    const [adapters, backbone] = this.entries.map(found);
+    return { adapters, backbone };
+  }
+}
+
 /** One step of each row a round, PyTorch's in between: seconds and peaks by row. */
-async function alternate(m, device, own) {
+async function alternate(m, device, peers) {
   const bed = new Bed(m, device);
   const indices = Array.from({ length: shape.pairs }, (_, i) => i);
   const tasks = [];
   for (const row of rows) tasks.push(bed.task(row.options, await bed.examples(row.pairs)));
   const samples = rows.map(() => ({ seconds: [], peak: 0 }));
-  const theirs = { seconds: [], peak: 0 };
-  for (let round = 0; round < rounds; round++) {
+  for (let round = 0; round <= rounds; round++) {
     for (const [i, task] of tasks.entries()) {
-      m.storage.trimMemory(device);
       m.storage.resetPeakMemory(device);
       const start = performance.now();
       await bed.step(task, indices);
-      samples[i].seconds.push((performance.now() - start) / 1e3);
+      if (round > 0) samples[i].seconds.push((performance.now() - start) / 1e3);
       samples[i].peak = Math.max(samples[i].peak, m.storage.memory(device).peak);
     }
-    if (own) await timePeer(own, theirs);
+    await peers?.round(round > 0);
   }
   bed.dispose();
   m.storage.trimMemory(device);
-  return { samples, theirs: theirs.seconds.length > 0 ? theirs : null };
-}
-
-/** PyTorch's DPO step; its process keeps the model between rounds. */
-async function timePeer(own, into) {
-  const { config, pairs, prompt, response } = shape;
-  const work = { kind: 'step', op: 'dpo', loss: 'dpo', config, pairs, prompt, response, times: 1, gradient: true };
-  const answer = await own.time(work);
-  if (!answer) return;
-  into.seconds.push(answer.best);
-  into.peak = answer.peakBytes;
+  return { samples, theirs: peers?.close() ?? { adapters: null, backbone: null } };
 }
 
 const summary = ({ seconds, peak }) => ({
@@ -148,8 +168,13 @@ function result(row, { samples, theirs }) {
   const notes = [`${time.toFixed(2)}× time, ${memory.toFixed(2)}× memory of DPO`];
   if (row.limits) notes[0] += ` (limits ${row.limits.time}×, ${row.limits.memory}×)`;
   if (row.adds) notes.push(`${row.adds}: ${(time - before).toFixed(2)}×`);
-  const peer = row.beside && theirs ? summary(theirs) : undefined;
-  if (peer) notes.push(`PyTorch's DPO takes ${perRound(theirs.seconds, own.seconds).toFixed(2)}× this`);
+  const beside = row.beside ? theirs : {};
+  const peer = beside.adapters ? summary(beside.adapters) : undefined;
+  if (peer) notes.push(`PyTorch's DPO takes ${perRound(beside.adapters.seconds, own.seconds).toFixed(2)}× this`);
+  if (beside.backbone)
+    notes.push(
+      `without adapters ${perRound(beside.backbone.seconds, own.seconds).toFixed(2)}× (${median(beside.backbone.seconds).toFixed(2)} s)`,
+    );
   return { ...summary(own), ratio: time, memoryRatio: memory, note: [row.terms, ...notes].join('; '), peer };
 }
 
@@ -157,19 +182,13 @@ export async function spoWork({ device, peer }) {
   const m = await modules();
   const threads = peer ? (await load('src/native/info.js')).runtimeInfo().threads : 0;
   let measured;
-  const measure = async () => {
-    const own = peer ? Peer.open(threads) : null;
-    const all = await alternate(m, device, own);
-    own?.close();
-    return all;
-  };
   const tokens = `${shape.pairs} pairs of ${shape.prompt} + ${shape.response}`;
   return rows.map((row) => ({
     section: 'spo',
     name: `${shape.name} ${row.name}, ${tokens}`,
     dtype: 'float32',
     run: async () => {
-      measured ??= measure();
+      measured ??= alternate(m, device, peer ? new Peers(threads) : null);
       return result(row, await measured);
     },
   }));
