@@ -8,11 +8,16 @@ import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
 const allowed = /^(dist|prebuilds|assets)\/|^(package\.json|README\.md|LICENSE|CHANGELOG\.md)$/;
-const required = ['dist/index.js', 'dist/index.d.ts', 'dist/cli/main.js', 'LICENSE', 'README.md'];
+const entries = ['index', 'objectives/index', 'analyze/index'].flatMap((name) => [
+  `dist/${name}.js`,
+  `dist/${name}.d.ts`,
+]);
+const required = [...entries, 'dist/cli/main.js', 'LICENSE', 'README.md'];
 const program = `
   import { Tensor } from 'keelgrad';
+  import { corollary1 } from 'keelgrad/analyze';
   const x = Tensor.from([[1, 2], [3, 4]]);
-  console.log(Array.from(await x.matmul(x).data()).join(' '));
+  console.log(Array.from(await x.matmul(x).data()).join(' '), corollary1(1, 2, 1).promises);
 `;
 
 function run(command, args, options = {}) {
@@ -58,8 +63,8 @@ try {
   const options = { cwd: project, env: { ...process.env, PATH: barePath(folder) } };
   delete options.env.KEELGRAD_ADDON;
   run('npm', ['install', '--no-audit', '--no-fund', tarball], options);
-  const product = run('node', ['main.js'], options).trim();
-  expect('the product 7 10 15 22', product, product === '7 10 15 22');
+  const printed = run('node', ['main.js'], options).trim();
+  expect('7 10 15 22 chosen rises', printed, printed === '7 10 15 22 chosen rises');
   const info = run(join(project, 'node_modules', '.bin', 'keelgrad'), ['info'], options);
   expect('keelgrad info to name the prebuild', info, info.includes('prebuilds'));
 } finally {

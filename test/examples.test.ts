@@ -32,6 +32,21 @@ describe.skipIf(!built)('examples (need npm run build)', () => {
     ]);
   });
 
+  it('theory.mjs predicts what it measures, and writes a report', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'keelgrad-examples-'));
+    try {
+      const lines = await run('theory.mjs', folder);
+      expect(lines).toHaveLength(4);
+      for (const line of [lines[1], lines[3]]) {
+        const [, predicted, measured] = /predicted (\S+), measured (\S+) nats/.exec(line)!.map(Number);
+        expect(Math.abs(measured / predicted - 1)).toBeLessThan(0.2);
+      }
+      expect(await readdir(folder)).toEqual(expect.arrayContaining(['theory.html', 'theory-pairs.csv', 'theory.json']));
+    } finally {
+      await rm(folder, { recursive: true });
+    }
+  });
+
   it('spo.mjs trains a folder and saves what loads again', async () => {
     const folder = await mkdtemp(join(tmpdir(), 'keelgrad-examples-'));
     try {

@@ -18,9 +18,8 @@ export interface Point {
   readonly series: string;
   /** Charts side by side on the same axes, one a panel. */
   readonly panel?: string;
-  /** Ends of a band around y. */
-  readonly low?: number;
-  readonly high?: number;
+  /** Length of the error bar on either side of y: one standard error. */
+  readonly error?: number;
   /** Drawn thin and pale behind the others: unsmoothed values. */
   readonly raw?: boolean;
 }
@@ -45,13 +44,36 @@ export interface Axes {
 
 const named = (points: readonly Point[]): string[] => [...new Set(points.map((p) => p.series))];
 
-function axis(title: string, log: boolean | undefined) {
-  return { title, scale: log ? { type: 'log' as const } : { zero: false, nice: true } };
+/** Ticks of a logarithmic axis: powers of ten, and 2 and 5 times these where the values span little. */
+function logTicks(values: readonly number[]): number[] {
+  const [first, last] = [Math.floor(Math.log10(Math.min(...values))), Math.ceil(Math.log10(Math.max(...values)))];
+  const decades = Array.from({ length: last - first + 1 }, (_, i) => 10 ** (first + i));
+  return last - first > 3 ? decades : decades.flatMap((decade) => [decade, 2 * decade, 5 * decade]);
+}
+
+interface Axis {
+  readonly title: string;
+  readonly scale: object;
+  axis: { readonly tickMinStep?: number; readonly values?: number[]; readonly format?: string };
+}
+
+/** Title, scale and ticks of an axis that shows `values`. */
+function axis(title: string, values: readonly number[], log: boolean | undefined): Axis {
+  if (!log) {
+    const tickMinStep = values.every(Number.isInteger) ? 1 : undefined;
+    return { title, scale: { zero: false, nice: true }, axis: { tickMinStep } };
+  }
+  const format = Math.min(...values) < 1e-3 ? '.3~e' : '.3~g';
+  return {
+    title,
+    scale: { type: 'log' as const, nice: false, padding: 10 },
+    axis: { values: logTicks(values), format },
+  };
 }
 
 function layers(points: readonly Point[], axes: Axes) {
   const series = named(points);
-  const legend = { title: null, orient: 'bottom' as const };
+  const legend = { title: null, orient: 'bottom' as const, labelLimit: 0, columns: series.length > 4 ? 3 : undefined };
   const color = {
     field: 'series',
     type: 'nominal' as const,
@@ -64,8 +86,11 @@ function layers(points: readonly Point[], axes: Axes) {
     scale: { domain: series, range: series.map((_, i) => dashes[i % dashes.length]) },
     legend,
   };
-  const x = { field: 'x', type: 'quantitative' as const, ...axis(axes.x, axes.logX) };
-  const y = { field: 'y', type: 'quantitative' as const, ...axis(axes.y, axes.logY) };
+  const of = (key: 'x' | 'y'): number[] => points.map((p) => p[key]);
+  const x = { field: 'x', type: 'quantitative' as const, ...axis(axes.x, of('x'), axes.logX) };
+  // Few settings that were chosen are their own ticks.
+  if (axes.logX && new Set(of('x')).size <= 6) x.axis = { ...x.axis, values: [...new Set(of('x'))] };
+  const y = { field: 'y', type: 'quantitative' as const, ...axis(axes.y, of('y'), axes.logY) };
   const tooltip = [
     { field: 'series', type: 'nominal' as const, title: 'curve' },
     { field: 'x', type: 'quantitative' as const, title: axes.x },
@@ -73,19 +98,19 @@ function layers(points: readonly Point[], axes: Axes) {
   ];
   return [
     ...(axes.zero ? [{ mark: { type: 'rule' as const, color: '#444' }, encoding: { y: { datum: 0 } } }] : []),
-    ...(points.some((p) => p.low !== undefined)
+    ...(points.some((p) => p.error !== undefined)
       ? [
           {
-            mark: { type: 'area' as const, opacity: 0.15 },
-            transform: [{ filter: 'isValid(datum.low)' }],
-            encoding: { x, y: { ...y, field: 'low' }, y2: { field: 'high' }, color },
+            mark: { type: 'errorbar' as const, ticks: { size: 7 } },
+            transform: [{ filter: 'isValid(datum.error)' }],
+            encoding: { x, y, yError: { field: 'error' }, color },
           },
         ]
       : []),
     ...(points.some((p) => p.raw)
       ? [
           {
-            mark: { type: 'line' as const, strokeWidth: 1, opacity: 0.3 },
+            mark: { type: 'line' as const, strokeWidth: 1, opacity: 0.4 },
             transform: [{ filter: 'datum.raw === true' }],
             encoding: { x, y, color },
           },
@@ -116,22 +141,28 @@ export function lineChart(points: readonly Point[], axes: Axes): Chart {
   return { id: axes.id, title: axes.title, caption: axes.caption, spec };
 }
 
-/** Bars of one value by category, grouped by series. */
+/** Bars of one value by category, grouped by series. A `|` breaks a category's label. */
 export function barChart(
   bars: readonly { category: string; value: number; series: string }[],
-  axes: Omit<Axes, 'points' | 'logX'>,
+  axes: Omit<Axes, 'points' | 'logX' | 'logY' | 'zero'>,
 ): Chart {
   const series = [...new Set(bars.map((b) => b.series))];
   const categories = [...new Set(bars.map((b) => b.category))];
   const spec = {
     data: { values: bars as unknown as object[] },
-    width: 560,
+    width: 640,
     height: 260,
     mark: { type: 'bar' },
     encoding: {
-      x: { field: 'category', type: 'nominal', title: axes.x, sort: categories, axis: { labelAngle: 0 } },
+      x: {
+        field: 'category',
+        type: 'nominal',
+        title: axes.x,
+        sort: categories,
+        axis: { labelAngle: 0, labelExpr: "split(datum.label, '|')" },
+      },
       xOffset: { field: 'series', type: 'nominal', sort: series },
-      y: { field: 'value', type: 'quantitative', title: axes.y, ...(axes.logY ? { scale: { type: 'log' } } : {}) },
+      y: { field: 'value', type: 'quantitative', title: axes.y },
       color: {
         field: 'series',
         type: 'nominal',
@@ -148,13 +179,75 @@ export function barChart(
   return { id: axes.id, title: axes.title, caption: axes.caption, spec };
 }
 
+/** One of many things that change: exactly, and as predicted. */
+export interface Bar {
+  /** Place on the x axis, from 1. */
+  readonly x: number;
+  readonly y: number;
+  readonly predicted: number;
+  /** What the legend names, by colour. */
+  readonly role: string;
+  readonly panel: string;
+}
+
+/** A bar for every one of many changes with a mark where the prediction is; panels one below the other, each with its own y scale. */
+export function changeChart(bars: readonly Bar[], axes: Omit<Axes, 'points' | 'logX' | 'logY' | 'zero'>): Chart {
+  const roles = [...new Set(bars.map((b) => b.role))];
+  const panels = [...new Set(bars.map((b) => b.panel))];
+  const prediction = 'to first order';
+  const color = {
+    scale: { domain: [...roles, prediction], range: [...roles.map((_, i) => palette[i % palette.length]), '#000'] },
+    legend: { title: null, orient: 'bottom' },
+  };
+  const x = { field: 'x', type: 'quantitative', title: axes.x, scale: { nice: false, padding: 4 } };
+  const y = { type: 'quantitative', title: axes.y, axis: { tickCount: 4, format: '.2~g' } };
+  const tooltip = [
+    { field: 'role', type: 'nominal', title: 'role' },
+    { field: 'x', type: 'quantitative', title: axes.x },
+    { field: 'y', type: 'quantitative', title: axes.y, format: '.4g' },
+    { field: 'predicted', type: 'quantitative', title: prediction, format: '.4g' },
+  ];
+  const spec = {
+    data: { values: bars as unknown as object[] },
+    facet: {
+      row: {
+        field: 'panel',
+        type: 'nominal',
+        title: null,
+        sort: panels,
+        header: { labelAngle: 0, labelOrient: 'top' },
+      },
+    },
+    spec: {
+      width: 620,
+      height: 130,
+      layer: [
+        {
+          mark: { type: 'bar', size: Math.max(2, Math.floor(500 / (bars.length / panels.length))) },
+          encoding: { x, y: { ...y, field: 'y' }, color: { field: 'role', type: 'nominal', ...color }, tooltip },
+        },
+        {
+          mark: { type: 'point', filled: true, size: 9, opacity: 1 },
+          encoding: { x, y: { ...y, field: 'predicted' }, color: { datum: prediction, type: 'nominal', ...color } },
+        },
+      ],
+    },
+    resolve: { scale: { y: 'independent' } },
+  } as unknown as TopLevelSpec;
+  return { id: axes.id, title: axes.title, caption: axes.caption, spec };
+}
+
 /** Points, for a prediction beside its measurement; the diagonal is where they agree. */
-export function agreementChart(points: readonly { x: number; y: number; series: string }[], axes: Axes): Chart {
+export function agreementChart(
+  points: readonly { x: number; y: number; series: string }[],
+  axes: Omit<Axes, 'points' | 'logX' | 'logY' | 'zero'>,
+): Chart {
   const series = [...new Set(points.map((p) => p.series))];
   const ends = points.flatMap((p) => [p.x, p.y]);
   const diagonal = [Math.min(...ends), Math.max(...ends)].map((v) => ({ x: v, y: v }));
-  const x = { field: 'x', type: 'quantitative', ...axis(axes.x, axes.logX) };
-  const y = { field: 'y', type: 'quantitative', ...axis(axes.y, axes.logY) };
+  const of = (key: 'x' | 'y'): number[] => points.map((p) => p[key]);
+  const x = { field: 'x', type: 'quantitative', ...axis(axes.x, of('x'), false) };
+  const y = { field: 'y', type: 'quantitative', ...axis(axes.y, of('y'), false) };
   const spec = {
     width: 420,
     height: 340,
@@ -189,12 +282,34 @@ export function agreementChart(points: readonly { x: number; y: number; series: 
   return { id: axes.id, title: axes.title, caption: axes.caption, spec };
 }
 
-/** Exponential moving average of values one after another, corrected for its start (as Adam's moments are). */
-export function movingAverage(values: readonly number[], decay: number): number[] {
+/**
+ * Exponential moving average of values one after another, corrected for its start (as Adam's moments are).
+ * @param decay weight of the past after one unit of `at`, 0 to below 1
+ * @param at where the values stand, rising; one apart by default
+ */
+export function movingAverage(values: readonly number[], decay: number, at?: readonly number[]): number[] {
   let [sum, weight] = [0, 0];
-  return values.map((value) => {
-    sum = decay * sum + (1 - decay) * value;
-    weight = decay * weight + (1 - decay);
+  return values.map((value, i) => {
+    const kept = decay ** (at && i > 0 ? at[i] - at[i - 1] : 1);
+    sum = kept * sum + (1 - kept) * value;
+    weight = kept * weight + (1 - kept);
     return sum / weight;
   });
+}
+
+/** A curve twice: its values, drawn pale, and their moving average over x. */
+export function rawAndSmooth(
+  curve: readonly { readonly x: number; readonly y: number }[],
+  decay: number,
+  labels: Pick<Point, 'series' | 'panel'>,
+): Point[] {
+  const smooth = movingAverage(
+    curve.map(({ y }) => y),
+    decay,
+    curve.map(({ x }) => x),
+  );
+  return [
+    ...curve.map((point) => ({ ...point, ...labels, raw: true })),
+    ...curve.map(({ x }, i) => ({ x, y: smooth[i], ...labels })),
+  ];
 }

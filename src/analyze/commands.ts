@@ -5,14 +5,24 @@ import { KeelgradError } from '../errors.js';
 import { type LoadOptions, loadModel } from '../io/model-folder.js';
 import { loadTokenizer, type Tokenizer } from '../io/tokenizer.js';
 import type { Device } from '../tensor/storage.js';
-import type { Analysis, AnalyzeOptions } from '../train/options.js';
+import { isLive } from '../train/option-rules.js';
+import { type Chosen, groups } from '../train/option-spec.js';
+import {
+  type Analysis,
+  type AnalyzeOptions,
+  type GivenOptions,
+  type Method,
+  optionsOf,
+  specOf,
+} from '../train/options.js';
 import { applyThreads, resolveDevice } from '../train/setup.js';
 import { type DynamicsOptions, dynamicsReport, followDynamics } from './dynamics.js';
 import { followMass, type MassShiftOptions, massShiftReport } from './mass-shift.js';
 import { type Report, writeReport } from './report.js';
-import type { ModelSource } from './runs.js';
+import type { ModelSource, PreferenceMethod } from './runs.js';
 import { sensitivityReport, sweep } from './sensitivity.js';
-import { measureTerms, termsReport } from './terms.js';
+import { measureTerms } from './terms.js';
+import { termsReport } from './terms-report.js';
 import { analyzeTheory, type TheoryPair } from './theory.js';
 import { theoryReport } from './theory-report.js';
 import { toyFlow } from './toy.js';
@@ -47,42 +57,35 @@ async function openPairs(options: { model: string; data: string; maxLength?: num
   return data;
 }
 
-type Setup = Pick<AnalyzeOptions<'terms'>, 'model' | 'adapter' | 'dtype' | 'loraR' | 'loraAlpha' | 'seed' | 'beta'>;
-type Steps = Setup & Pick<AnalyzeOptions<'dynamics'>, 'learningRate' | 'maxSteps' | 'batchSize'>;
+type Setup = Pick<
+  AnalyzeOptions<'terms'>,
+  'model' | 'adapter' | 'dtype' | 'loraR' | 'loraAlpha' | 'loraTargets' | 'rslora' | 'seed'
+>;
 
 /** Fresh copies of the model with adapters: those of `--adapter`, or new ones. */
 function sourceOf(options: Setup, ground: Ground): ModelSource {
+  const { adapter, loraR: r, loraAlpha: alpha, loraTargets: targets, rslora, seed } = options;
   const settings: LoadOptions = { dtype: options.dtype, device: ground.device };
-  if (options.adapter !== undefined) settings.adapter = options.adapter;
-  else settings.lora = { r: options.loraR, alpha: options.loraAlpha, seed: options.seed };
+  if (adapter !== undefined) settings.adapter = adapter;
+  else settings.lora = { r, alpha, targets, rslora, seed };
   return () => loadModel(options.model, settings);
 }
 
-/** What SPO and DPO have in common in the analyses that train. */
-const training = ({ beta, seed }: Setup) => ({ beta, seed });
+/** Options that have had their effect by the time that a trainer sees the others. */
+const spent: readonly string[] = ['model', 'data', 'output', 'adapter', 'device', 'threads', 'preset'];
 
-const steps = (o: Steps) => ({
-  ...training(o),
-  learningRate: o.learningRate,
-  maxSteps: o.maxSteps,
-  batchSize: o.batchSize,
-});
-
-type Levels = Pick<
-  AnalyzeOptions<'dynamics'>,
-  'lowerSteps' | 'lowerLearningRate' | 'lowerSolver' | 'lowerWarmStart' | 'normPerToken'
->;
-
-/** Settings of the lower level and the regularizer, where these have a part. */
-const levels = (o: Levels) => ({
-  lowerSteps: o.lowerSteps,
-  ...(o.lowerSteps > 0 && {
-    lowerLearningRate: o.lowerLearningRate,
-    lowerSolver: o.lowerSolver,
-    lowerWarmStart: o.lowerWarmStart,
-  }),
-  normPerToken: o.normPerToken,
-});
+/** All options of an analysis that its trainer has too, as far as they have a part there. */
+function trainerOptions<M extends PreferenceMethod>(method: M, analysis: { method: Method }): GivenOptions<M> {
+  const options = analysis as unknown as Chosen;
+  const passed = optionsOf(method).filter(
+    (key) =>
+      options[key] !== undefined &&
+      !spent.includes(key) &&
+      specOf(key).group !== groups.lora &&
+      isLive(key, options, analysis.method),
+  );
+  return Object.fromEntries(passed.map((key) => [key, options[key]])) as GivenOptions<M>;
+}
 
 /** Pairs to train on and pairs to look at: the file's last ones are kept from training where it has enough. */
 function split(data: Pairs, probePairs: number): { train: Pairs; probe: readonly PreferenceExample[] } {
@@ -115,10 +118,9 @@ async function theory(options: AnalyzeOptions<'theory'>, ground: Ground): Promis
 
 async function dynamics(options: AnalyzeOptions<'dynamics'>, ground: Ground): Promise<Report | undefined> {
   const { train, probe } = split(await openPairs(options, ground), options.pairs);
-  const common = steps(options);
   const settings: DynamicsOptions = {
-    dpo: common,
-    spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...levels(options) },
+    dpo: trainerOptions('dpo', options),
+    spo: trainerOptions('spo', options),
     every: options.every,
     gradientPairs: Math.min(options.gradientPairs, probe.length),
     emaDecay: options.emaDecay,
@@ -134,13 +136,14 @@ async function sensitivity(options: AnalyzeOptions<'sensitivity'>, ground: Groun
   const settings = {
     lambdas: options.lambdas,
     gammas: options.gammas,
-    spo: { ...steps(options), ...levels(options) },
+    spo: trainerOptions('spo', options),
+    gradientPairs: Math.min(options.gradientPairs, probe.length),
     signal: ground.hooks.signal,
     onProgress: (done: number, total: number) => ground.hooks.onPhase?.('runs', done, total),
   };
-  const runs = await sweep(sourceOf(options, ground), train, probe, settings);
-  if (runs.length < options.lambdas.length * options.gammas.length) return undefined;
-  return sensitivityReport(runs, settings, { model: options.model, pairs: probe.length, steps: options.maxSteps });
+  const found = await sweep(sourceOf(options, ground), train, probe, settings);
+  const facts = { model: options.model, pairs: probe.length, steps: options.maxSteps };
+  return found && sensitivityReport(found, settings, facts);
 }
 
 async function terms(options: AnalyzeOptions<'terms'>, ground: Ground): Promise<Report | undefined> {
@@ -150,12 +153,7 @@ async function terms(options: AnalyzeOptions<'terms'>, ground: Ground): Promise<
     lowerSteps: options.lowerStepCounts,
     lambdas: options.lambdas,
     gammas: options.gammas,
-    spo: {
-      ...training(options),
-      normPerToken: options.normPerToken,
-      lowerSolver: options.lowerSolver,
-      penaltyForm: options.penaltyForm,
-    },
+    spo: trainerOptions('spo', options),
     signal: ground.hooks.signal,
     onProgress: (done: number, total: number) => ground.hooks.onPhase?.('gradients', done, total),
   };
@@ -186,7 +184,6 @@ async function massShift(options: AnalyzeOptions<'mass-shift'>, ground: Ground):
     : { prompt: options.prompt, chosen: '1', rejected: '2' };
   const { examples } = await preparePreferenceData([record], { tokenizer: async () => tokenizer });
   const decode = (ids: ArrayLike<number>): Promise<string> => tokenizer.decode(ids, { skipSpecialTokens: true });
-  const common = steps(options);
   const settings: MassShiftOptions = {
     promptIds: examples[0].promptIds,
     endId,
@@ -195,8 +192,8 @@ async function massShift(options: AnalyzeOptions<'mass-shift'>, ground: Ground):
     temperature: options.temperature,
     isPreferred: async (ids) => lastNumber(await decode(ids)) === right,
     perSet: options.perSet,
-    dpo: common,
-    spo: { ...common, lambda: options.lambda, gamma: options.gamma, ...levels(options) },
+    dpo: trainerOptions('dpo', options),
+    spo: trainerOptions('spo', options),
     every: options.every,
     seed: options.seed,
     signal: ground.hooks.signal,
@@ -207,20 +204,20 @@ async function massShift(options: AnalyzeOptions<'mass-shift'>, ground: Ground):
   if (!shift) return undefined;
   const texts = await Promise.all(shift.responses.map((r) => decode(r.ids)));
   const facts = { model: options.model, prompt: options.prompt, texts };
-  return massShiftReport(shift, settings, facts, await toyFlow(options.seed));
+  return massShiftReport(shift, settings, facts, await toyFlow(options));
 }
 
 const analysesByName: {
   readonly [A in Analysis]: (options: AnalyzeOptions<A>, ground: Ground) => Promise<Report | undefined>;
 } = { theory, dynamics, 'mass-shift': massShift, sensitivity, terms };
 
-/** Runs one analysis and writes its report; undefined where the signal ended it early. */
-export async function runAnalysis<A extends Analysis>(
+/** Runs one analysis; writes nothing. Undefined where the signal ended it early. */
+export async function makeReport<A extends Analysis>(
   name: A,
   options: AnalyzeOptions<A>,
   hooks: AnalysisHooks = {},
-): Promise<AnalysisOutcome | undefined> {
-  const { threads, device: wanted, model, output } = options as unknown as AnalyzeOptions<'theory'>;
+): Promise<Report | undefined> {
+  const { threads, device: wanted, model } = options as unknown as AnalyzeOptions<'theory'>;
   applyThreads(threads);
   const device = resolveDevice(wanted, hooks.onMessage);
   let tokenizer: Promise<Tokenizer> | undefined;
@@ -233,6 +230,17 @@ export async function runAnalysis<A extends Analysis>(
     },
   };
   const report = await analysesByName[name](options, ground);
-  if (!report || hooks.signal?.aborted) return undefined;
+  return hooks.signal?.aborted ? undefined : report;
+}
+
+/** Runs one analysis and writes its report; undefined where the signal ended it early. */
+export async function runAnalysis<A extends Analysis>(
+  name: A,
+  options: AnalyzeOptions<A>,
+  hooks: AnalysisHooks = {},
+): Promise<AnalysisOutcome | undefined> {
+  const report = await makeReport(name, options, hooks);
+  if (!report) return undefined;
+  const { output } = options as unknown as AnalyzeOptions<'theory'>;
   return { page: await writeReport(output, report), findings: report.findings };
 }

@@ -4,10 +4,10 @@ import type { PreferenceExample, PreparedData } from '../data/tokenize.js';
 import type { CausalLM } from '../models/causal-lm.js';
 import { scorePairs } from '../train/batch-source.js';
 import type { GivenOptions } from '../train/options.js';
-import { type Chart, lineChart, movingAverage, type Point } from './charts.js';
+import { type Chart, lineChart, movingAverage, type Point, rawAndSmooth } from './charts.js';
 import { formatNumber, type Report, type Table } from './report.js';
-import { type ModelSource, type PreferenceMethod, watch } from './runs.js';
-import { SequenceGradient, variableGroups } from './sequences.js';
+import { lossNote, type ModelSource, type PreferenceMethod, watch } from './runs.js';
+import { type PairGradients, pairGradients, variableGroups } from './sequences.js';
 
 export interface DynamicsOptions {
   readonly dpo: GivenOptions<'dpo'>;
@@ -58,19 +58,16 @@ const mean = (values: ArrayLike<number>): number => {
 };
 
 async function gradientTerms(model: CausalLM, pairs: readonly PreferenceExample[]) {
-  const groups = variableGroups(model);
-  const rows: number[][] = [];
-  for (const { promptIds, chosenIds, rejectedIds } of pairs) {
-    using chosen = SequenceGradient.of(model, { promptIds, responseIds: chosenIds }, groups);
-    using rejected = SequenceGradient.of(model, { promptIds, responseIds: rejectedIds }, groups);
-    const [w, l] = [await chosen.squaredNorm(), await rejected.squaredNorm()];
-    const inner = await chosen.dot(rejected);
-    rows.push([w - inner, inner - l, Math.sqrt(w), Math.sqrt(l), inner / Math.sqrt(w * l)]);
-  }
-  const [termChosen, termRejected, normChosen, normRejected, cosine] = [0, 1, 2, 3, 4].map((k) =>
-    mean(rows.map((row) => row[k])),
-  );
-  return { termChosen, termRejected, normChosen, normRejected, cosine };
+  const rows: PairGradients[] = [];
+  for (const pair of pairs) rows.push(await pairGradients(model, pair, variableGroups(model)));
+  const average = (of: (row: PairGradients) => number): number => mean(rows.map(of));
+  return {
+    termChosen: average((r) => r.normChosen ** 2 - r.inner),
+    termRejected: average((r) => r.inner - r.normRejected ** 2),
+    normChosen: average((r) => r.normChosen),
+    normRejected: average((r) => r.normRejected),
+    cosine: average((r) => r.inner / (r.normChosen * r.normRejected)),
+  };
 }
 
 async function lookAt(
@@ -126,124 +123,160 @@ export async function followDynamics(
 
 const nameOf = (method: PreferenceMethod): string => method.toUpperCase();
 
-/** Curves of a probe quantity, one panel a method. */
+/** log π(chosen) - log π(rejected), against the start. */
+const logRatio = (look: ProbeLook, start: ProbeLook): number =>
+  look.chosen - start.chosen - (look.rejected - start.rejected);
+
+type OfLook = (look: ProbeLook, start: ProbeLook) => number;
+
+/** Curves of probe quantities, raw and smoothed, one panel a method. */
 const probePoints = (
   results: readonly MethodDynamics[],
-  series: Readonly<Record<string, (look: ProbeLook, start: ProbeLook) => number>>,
+  series: Readonly<Record<string, OfLook>>,
+  decay: number,
 ): Point[] =>
   results.flatMap(({ method, probe }) =>
-    probe.flatMap((look) =>
-      Object.entries(series).map(([name, value]) => ({
-        x: look.updates,
-        y: value(look, probe[0]),
-        series: name,
-        panel: nameOf(method),
-      })),
+    Object.entries(series).flatMap(([name, value]) =>
+      rawAndSmooth(
+        probe.map((look) => ({ x: look.updates, y: value(look, probe[0]) })),
+        decay,
+        { series: name, panel: nameOf(method) },
+      ),
     ),
   );
 
-/** Raw values pale, their moving average in front. */
-function batchPoints(results: readonly MethodDynamics[], decay: number): Point[] {
-  return results.flatMap(({ method, batches }) =>
-    (['chosen', 'rejected'] as const).flatMap((series) => {
-      const values = batches.map((b) => b[series]);
-      const smooth = movingAverage(values, decay);
-      const point = (y: number, i: number): Point => ({ x: batches[i].step, y, series, panel: nameOf(method) });
-      return [...values.map((y, i) => ({ ...point(y, i), raw: true })), ...smooth.map(point)];
-    }),
+/** Curves of the training batches, one panel a method. */
+const batchPoints = (
+  results: readonly MethodDynamics[],
+  series: readonly ('chosen' | 'rejected' | 'margin')[],
+  decay: number,
+): Point[] =>
+  results.flatMap(({ method, batches }) =>
+    series.flatMap((name) =>
+      rawAndSmooth(
+        batches.map((b) => ({ x: b.step, y: b[name] })),
+        decay,
+        { series: name, panel: nameOf(method) },
+      ),
+    ),
   );
-}
 
 const steps = 'optimizer steps';
 
-function charts(results: readonly MethodDynamics[], options: DynamicsOptions, pairs: number): Chart[] {
-  const band = `Means over the ${pairs} pairs of the probe, which no step trains on where the data allow it.`;
+const smoothing = (decay: number): string =>
+  `Pale: as measured; strong: exponential moving average, decay ${decay} a step.`;
+
+function probeCharts(results: readonly MethodDynamics[], options: DynamicsOptions, pairs: number): Chart[] {
+  const { emaDecay: decay, gradientPairs } = options;
+  const probe = `Means over the ${pairs} pairs of the probe, which no step trains on where the data allow it.`;
+  const both = smoothing(decay);
   return [
     lineChart(
-      probePoints(results, {
-        chosen: (look, start) => look.chosen - start.chosen,
-        rejected: (look, start) => look.rejected - start.rejected,
-      }),
+      probePoints(
+        results,
+        {
+          chosen: (look, start) => look.chosen - start.chosen,
+          rejected: (look, start) => look.rejected - start.rejected,
+        },
+        decay,
+      ),
       {
         id: 'dynamics-logps',
         title: 'Log-probability of chosen and rejected responses while training',
-        caption: `Change against the start, summed over a response's tokens (figure 1a). ${band}`,
+        caption: `Change against the start, summed over a response's tokens (figure 1a). ${probe} ${both}`,
         x: steps,
         y: 'change of log π (nats)',
         zero: true,
       },
     ),
     lineChart(
-      probePoints(results, {
-        'chosen: ‖g_w‖² − ⟨g_w, g_l⟩': (look) => look.termChosen,
-        'rejected: ⟨g_w, g_l⟩ − ‖g_l‖²': (look) => look.termRejected,
-      }),
+      probePoints(
+        results,
+        {
+          'chosen: ‖g_w‖² − ⟨g_w, g_l⟩': (look) => look.termChosen,
+          'rejected: ⟨g_w, g_l⟩ − ‖g_l‖²': (look) => look.termRejected,
+        },
+        decay,
+      ),
       {
         id: 'dynamics-gradient-terms',
         title: 'Gradient terms of Theorem 1',
-        caption: `What a step of DPO does to the two log-probabilities, per η β (1 − σ(s)) (figure 1b). Means over ${options.gradientPairs} pairs.`,
+        caption: `What a step of DPO does to the two log-probabilities, per η β (1 − σ(s)) (figure 1b). Means over ${gradientPairs} pairs. ${both}`,
         x: steps,
         y: 'gradient term (nats²)',
         zero: true,
       },
     ),
     lineChart(
-      results.flatMap(({ method, probe }) =>
-        probe.map((look) => ({
-          x: look.updates,
-          y: look.chosen - probe[0].chosen - (look.rejected - probe[0].rejected),
-          series: nameOf(method),
-        })),
+      results.flatMap(({ method, probe: looks }) =>
+        rawAndSmooth(
+          looks.map((look) => ({ x: look.updates, y: logRatio(look, looks[0]) })),
+          decay,
+          { series: nameOf(method) },
+        ),
       ),
       {
         id: 'dynamics-log-ratio',
         title: 'Log ratio: how much more the chosen response gained than the rejected one',
-        caption: `Δ log π(chosen) − Δ log π(rejected) (figure 1c). ${band}`,
+        caption: `Δ log π(chosen) − Δ log π(rejected) (figure 1c). ${probe} ${both}`,
         x: steps,
         y: 'log ratio (nats)',
         zero: true,
       },
     ),
-    lineChart(batchPoints(results, options.emaDecay), {
+  ];
+}
+
+function batchCharts(results: readonly MethodDynamics[], { emaDecay: decay }: DynamicsOptions): Chart[] {
+  const caption = `As the trainer saw them, before each update (figure 4). ${smoothing(decay)}`;
+  return [
+    lineChart(batchPoints(results, ['chosen', 'rejected'], decay), {
       id: 'dynamics-batches',
       title: 'Log-probabilities of the training batches',
-      caption: `As the trainer saw them, before each update (figure 4). Pale: each batch; strong: exponential moving average, decay ${options.emaDecay}.`,
+      caption,
       x: steps,
       y: 'log π, mean over the batch (nats)',
+    }),
+    lineChart(batchPoints(results, ['margin'], decay), {
+      id: 'dynamics-batch-margins',
+      title: 'Log ratio of chosen to rejected responses in the training batches',
+      caption: `log π(chosen) − log π(rejected). ${caption}`,
+      x: steps,
+      y: 'log ratio, mean over the batch (nats)',
+      zero: true,
     }),
   ];
 }
 
-function table(results: readonly MethodDynamics[]): Table {
-  const columns = [
-    'method',
-    'updates',
-    'logps chosen',
-    'logps rejected',
-    'log ratio',
-    'chosen likelier',
-    'term chosen',
-    'term rejected',
-    'norm g_w',
-    'norm g_l',
-    'cosine',
-  ];
-  const rows = results.flatMap(({ method, probe }) =>
-    probe.map((look) => [
-      nameOf(method),
-      look.updates,
-      look.chosen,
-      look.rejected,
-      look.chosen - probe[0].chosen - (look.rejected - probe[0].rejected),
-      look.chosenLikelier,
-      look.termChosen,
-      look.termRejected,
-      look.normChosen,
-      look.normRejected,
-      look.cosine,
-    ]),
-  );
-  return { id: 'dynamics', title: 'The probe', caption: 'Means over the pairs of the probe.', columns, rows };
+/** Columns of the table: those of the curves stand there once more, smoothed. */
+const columns: readonly { readonly name: string; readonly of: OfLook; readonly smooth?: true }[] = [
+  { name: 'logps chosen', of: (look) => look.chosen, smooth: true },
+  { name: 'logps rejected', of: (look) => look.rejected, smooth: true },
+  { name: 'log ratio', of: logRatio, smooth: true },
+  { name: 'chosen likelier', of: (look) => look.chosenLikelier },
+  { name: 'term chosen', of: (look) => look.termChosen, smooth: true },
+  { name: 'term rejected', of: (look) => look.termRejected, smooth: true },
+  { name: 'norm g_w', of: (look) => look.normChosen },
+  { name: 'norm g_l', of: (look) => look.normRejected },
+  { name: 'cosine', of: (look) => look.cosine },
+];
+
+function table(results: readonly MethodDynamics[], decay: number): Table {
+  const rows = results.flatMap(({ method, probe }) => {
+    const at = probe.map((look) => look.updates);
+    const values = columns.flatMap(({ of, smooth }) => {
+      const raw = probe.map((look) => of(look, probe[0]));
+      return smooth ? [raw, movingAverage(raw, decay, at)] : [raw];
+    });
+    return probe.map((look, i) => [nameOf(method), look.updates, ...values.map((column) => column[i])]);
+  });
+  return {
+    id: 'dynamics',
+    title: 'The probe',
+    caption: `Means over the pairs of the probe; log-probabilities and their ratio in nats, gradient terms in nats². EMA: exponential moving average, decay ${decay} a step.`,
+    columns: ['method', 'updates', ...columns.flatMap(({ name, smooth }) => (smooth ? [name, `${name} EMA`] : [name]))],
+    rows,
+  };
 }
 
 const direction = (change: number): string => (change < 0 ? 'fell' : 'rose');
@@ -276,11 +309,11 @@ export function dynamicsReport(
     id: 'dynamics',
     title: 'Probability dynamics: DPO and SPO from one start',
     introduction: [
-      `${facts.model} is trained twice from the same weights, on the same batches: once by DPO, once by SPO, both moving the backbone and the adapters. A probe of ${facts.pairs} pairs is looked at every ${options.every} steps.`,
+      `${facts.model} is trained twice from the same weights, on the same batches: once by DPO, once by SPO${lossNote(options.spo)}, both moving the backbone and the adapters. A probe of ${facts.pairs} pairs is looked at every ${options.every} steps.`,
     ],
     findings: findings(results),
-    charts: charts(results, options, facts.pairs),
-    tables: [table(results)],
+    charts: [...probeCharts(results, options, facts.pairs), ...batchCharts(results, options)],
+    tables: [table(results, options.emaDecay)],
     data: { ...facts, options: { dpo: options.dpo, spo: options.spo, emaDecay: options.emaDecay }, results },
   };
 }

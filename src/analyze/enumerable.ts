@@ -41,6 +41,7 @@ export function mostLikelyOther(logProbs: readonly number[], chosen: number, rej
 
 /** `case 1`: y_w falls (and so does y_l). `case 2`: y_w rises, y_l falls. `both rise`: not treated by the theorem. */
 export type FlowCase = 'case 1' | 'case 2' | 'both rise';
+const flowCases: readonly FlowCase[] = ['case 1', 'case 2', 'both rise'];
 
 export interface MassFlow {
   readonly case: FlowCase;
@@ -53,6 +54,7 @@ export interface MassFlow {
   /** Shares of the gained mass. */
   readonly shareToStar: number;
   readonly shareToChosen: number;
+  readonly shareToRejected: number;
   /** The output that gained most. */
   readonly largestGainer: number;
 }
@@ -74,6 +76,7 @@ export function massFlow(
     moved,
     shareToStar: share(star),
     shareToChosen: share(chosen),
+    shareToRejected: share(rejected),
     largestGainer: change.reduce((best, c, k) => (c > change[best] ? k : best), 0),
   };
 }
@@ -142,6 +145,23 @@ export const firstOrderFlow = (
     rejected,
   );
 
+/** The likeliest ordered pair of each case, which is told to first order; none for a case without pairs. */
+export function likeliestPairs(
+  logProbs: readonly number[],
+  gram: readonly Float64Array[],
+): { readonly case: FlowCase; readonly chosen: number; readonly rejected: number }[] {
+  const best = new Map<FlowCase, { case: FlowCase; chosen: number; rejected: number; logProb: number }>();
+  for (let chosen = 0; chosen < logProbs.length; chosen++)
+    for (let rejected = 0; rejected < logProbs.length; rejected++) {
+      if (chosen === rejected) continue;
+      const { case: name } = firstOrderFlow(logProbs, gram, chosen, rejected);
+      const logProb = logProbs[chosen] + logProbs[rejected];
+      if (!(logProb <= (best.get(name)?.logProb ?? Number.NEGATIVE_INFINITY)))
+        best.set(name, { case: name, chosen, rejected, logProb });
+    }
+  return flowCases.flatMap((name) => best.get(name) ?? []).map(({ logProb: _, ...pair }) => pair);
+}
+
 /** What the flows of many pairs have in common, by case. */
 export interface FlowStatistics {
   readonly pairs: number;
@@ -150,6 +170,7 @@ export interface FlowStatistics {
   readonly chosenGainsMost: number;
   readonly meanShareToStar: number;
   readonly meanShareToChosen: number;
+  readonly meanShareToRejected: number;
 }
 
 /** First-order flows of all ordered pairs, counted by case. The signs do not depend on β or s. */
@@ -158,7 +179,7 @@ export function flowStatistics(
   gram: readonly Float64Array[],
 ): Record<FlowCase, FlowStatistics> {
   const sums: Record<FlowCase, number[]> = { 'case 1': [], 'case 2': [], 'both rise': [] };
-  for (const name of Object.keys(sums) as FlowCase[]) sums[name] = [0, 0, 0, 0, 0, 0];
+  for (const name of Object.keys(sums) as FlowCase[]) sums[name] = [0, 0, 0, 0, 0, 0, 0];
   for (let w = 0; w < logProbs.length; w++)
     for (let l = 0; l < logProbs.length; l++) {
       if (w === l) continue;
@@ -170,14 +191,24 @@ export function flowStatistics(
       row[3] += Number(flow.largestGainer === w);
       row[4] += flow.shareToStar;
       row[5] += flow.shareToChosen;
+      row[6] += flow.shareToRejected;
     }
-  const finish = ([pairs, starGains, starGainsMost, chosenGainsMost, toStar, toChosen]: number[]): FlowStatistics => ({
+  const finish = ([
+    pairs,
+    starGains,
+    starGainsMost,
+    chosenGainsMost,
+    toStar,
+    toChosen,
+    toRejected,
+  ]: number[]): FlowStatistics => ({
     pairs,
     starGains,
     starGainsMost,
     chosenGainsMost,
     meanShareToStar: pairs ? toStar / pairs : 0,
     meanShareToChosen: pairs ? toChosen / pairs : 0,
+    meanShareToRejected: pairs ? toRejected / pairs : 0,
   });
   return {
     'case 1': finish(sums['case 1']),

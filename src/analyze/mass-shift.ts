@@ -8,9 +8,9 @@ import type { CausalLM } from '../models/causal-lm.js';
 import type { GivenOptions } from '../train/options.js';
 import { lineChart } from './charts.js';
 import { formatNumber, type Report } from './report.js';
-import { type ModelSource, type PreferenceMethod, watch } from './runs.js';
+import { lossNote, type ModelSource, type PreferenceMethod, watch } from './runs.js';
 import { logProbsOf } from './sequences.js';
-import { type ToyFlow, toyFinding, toyTable } from './toy.js';
+import { type ToyFlow, toyCharts, toyFindings, toyTables } from './toy.js';
 
 export interface MassShiftOptions {
   readonly promptIds: Int32Array;
@@ -207,9 +207,10 @@ export function massShiftReport(
     id: 'mass-shift',
     title: 'Where probability goes: one prompt, DPO and SPO',
     introduction: [
-      `${facts.model} answered “${facts.prompt}” ${options.samples} times; ${shift.responses.length} distinct responses ended. Y_w: the likeliest preferred ones; y*: the likeliest dispreferred one, in no pair; Y_l: the next likeliest dispreferred ones. Every member of Y_w is paired with every member of Y_l.`,
+      `${facts.model} answered “${facts.prompt}” ${options.samples} times; ${shift.responses.length} distinct responses ended. Y_w: the likeliest preferred ones; y*: the likeliest dispreferred one, in no pair; Y_l: the next likeliest dispreferred ones. Every member of Y_w is paired with every member of Y_l, and the model trained on these pairs by DPO and by SPO${lossNote(options.spo)}.`,
+      'Sampling shows some outputs of a real model. Below, a toy model shows all of its own.',
     ],
-    findings: [...shift.runs.map((run) => finding(shift, run)), toyFinding(toy)],
+    findings: [...shift.runs.map((run) => finding(shift, run)), ...toyFindings(toy)],
     charts: [
       lineChart(points, {
         id: 'mass-shift-logps',
@@ -226,6 +227,7 @@ export function massShiftReport(
         x,
         y: 'probability',
       }),
+      ...toyCharts(toy),
     ],
     tables: [
       {
@@ -241,7 +243,7 @@ export function massShiftReport(
           facts.texts[i],
         ]),
       },
-      toyTable(toy),
+      ...toyTables(toy),
     ],
     data: { ...facts, options: { dpo: options.dpo, spo: options.spo, samples: options.samples }, ...shift, toy },
   };

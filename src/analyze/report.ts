@@ -14,6 +14,8 @@ export interface Table {
   readonly caption: string;
   readonly columns: readonly string[];
   readonly rows: readonly (readonly (string | number | boolean)[])[];
+  /** Rows that the page shows, the first ones; all by default. The CSV file has all of them. */
+  readonly shown?: number;
 }
 
 export interface Report {
@@ -73,9 +75,11 @@ export function formatNumber(value: number): string {
 const cellText = (cell: string | number | boolean): string =>
   typeof cell === 'number' ? formatNumber(cell) : typeof cell === 'boolean' ? (cell ? 'yes' : 'no') : cell;
 
-function tableHtml({ id, title, caption, columns, rows }: Table): string {
+function tableHtml({ id, title, caption, columns, rows, shown = rows.length }: Table): string {
   const head = columns.map((c) => `<th>${escaped(c)}</th>`).join('');
+  const rest = shown < rows.length ? ` The first ${shown} of ${rows.length} rows; all are in ${id}.csv.` : '';
   const body = rows
+    .slice(0, shown)
     .map(
       (row) =>
         `<tr>${row
@@ -83,7 +87,7 @@ function tableHtml({ id, title, caption, columns, rows }: Table): string {
           .join('')}</tr>`,
     )
     .join('\n');
-  return `<section id="${id}"><h2>${escaped(title)}</h2><div class="scroll"><table><thead><tr>${head}</tr></thead><tbody>\n${body}\n</tbody></table></div><p class="caption">${escaped(caption)}</p></section>`;
+  return `<section id="${id}"><h2>${escaped(title)}</h2><div class="scroll"><table><thead><tr>${head}</tr></thead><tbody>\n${body}\n</tbody></table></div><p class="caption">${escaped(caption + rest)}</p></section>`;
 }
 
 const styles = `
@@ -93,7 +97,8 @@ figure{margin:2em 0;overflow-x:auto}figcaption,.caption{color:#555;font-size:.9e
 table{border-collapse:collapse;font-size:.85em}th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left}
 th{border-bottom:2px solid #888;vertical-align:bottom}td.n{text-align:right;font-variant-numeric:tabular-nums}
 .scroll{overflow-x:auto}footer{color:#777;font-size:.8em;margin-top:3em}
-@media print{body{max-width:none;margin:0}figure,section{break-inside:avoid}.vega-embed summary,.vega-embed details{display:none}}
+figure svg{max-width:100%;height:auto}
+@media print{body{max-width:none;margin:0;font-size:11pt}.scroll,figure{overflow:visible}table{font-size:7.5pt}th,td{padding:.15em .35em}figure,section{break-inside:avoid}.vega-embed summary,.vega-embed details{display:none}}
 `;
 
 /** Vega, Vega-Lite and Vega-Embed as one script text, so that the page needs no network. */

@@ -47,3 +47,9 @@ export async function watch(
   }
   return !run.signal?.aborted;
 }
+
+/** What a report adds to "DPO" and "SPO" where the preference loss of both is another: ` (with ipo as the preference loss)`. */
+export function lossNote({ lossType }: GivenOptions<'spo'>): string {
+  const names = [lossType ?? 'sigmoid'].flat().join(' + ');
+  return names === 'sigmoid' ? '' : ` (with ${names} as the preference loss)`;
+}

@@ -48,6 +48,14 @@ export async function logProbsOf(
   return results;
 }
 
+/** ⟨x, y⟩ of two lists of tensors of the same shapes, accumulated in float64. */
+export async function innerProduct(x: readonly Tensor[], y: readonly Tensor[]): Promise<number> {
+  using total = scope(() =>
+    x.map((t, i) => scope(() => sum(mul(cast(t, 'float64'), cast(y[i], 'float64'))))).reduce((a, b) => add(a, b)),
+  );
+  return (await total.data())[0];
+}
+
 /** ∇ log π(y|x) over some groups of variables, in the accumulation dtype. Holds as much memory as the variables do. */
 export class SequenceGradient {
   readonly logProb: Tensor;
@@ -95,13 +103,7 @@ export class SequenceGradient {
 
   /** ⟨g, other⟩, accumulated in float64. */
   async dot(other: SequenceGradient): Promise<number> {
-    const theirs = other.tensors;
-    using total = scope(() =>
-      this.tensors
-        .map((g, i) => scope(() => sum(mul(cast(g, 'float64'), cast(theirs[i], 'float64')))))
-        .reduce((a, b) => add(a, b)),
-    );
-    return (await total.data())[0];
+    return innerProduct(this.tensors, other.tensors);
   }
 
   dispose(): void {
@@ -112,6 +114,29 @@ export class SequenceGradient {
   [Symbol.dispose](): void {
     this.dispose();
   }
+}
+
+/** Gradients of one pair: ‖g_w‖, ‖g_l‖ and ⟨g_w, g_l⟩. */
+export interface PairGradients {
+  readonly normChosen: number;
+  readonly normRejected: number;
+  readonly inner: number;
+}
+
+/** Norms and inner product of the gradients of a pair's two log-probabilities, over some groups. Memory: twice the variables. */
+export async function pairGradients(
+  model: CausalLM,
+  pair: { readonly promptIds: Int32Array; readonly chosenIds: Int32Array; readonly rejectedIds: Int32Array },
+  groups: readonly GroupName[],
+): Promise<PairGradients> {
+  const { promptIds } = pair;
+  using chosen = SequenceGradient.of(model, { promptIds, responseIds: pair.chosenIds }, groups);
+  using rejected = SequenceGradient.of(model, { promptIds, responseIds: pair.rejectedIds }, groups);
+  return {
+    normChosen: Math.sqrt(await chosen.squaredNorm()),
+    normRejected: Math.sqrt(await rejected.squaredNorm()),
+    inner: await chosen.dot(rejected),
+  };
 }
 
 /** Runs `f` at θ + Σ step·g: the model's parameters moved along gradients. The moved copy is freed afterwards. */

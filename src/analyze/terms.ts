@@ -10,12 +10,12 @@ import { policyOf } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { prepareTask } from '../train/make-task.js';
+import { lossOptions } from '../train/option-losses.js';
 import { type GivenOptions, resolveOptions } from '../train/options.js';
 import { isFirstOrder } from '../train/spo-rules.js';
 import { roundingOf } from '../train/spo-terms.js';
 import { type GroupName, parametersOf, Trainable } from '../train/task.js';
-import { lineChart } from './charts.js';
-import { formatNumber, type Report } from './report.js';
+import { innerProduct } from './sequences.js';
 
 export interface TermsOptions {
   /** α. */
@@ -30,28 +30,34 @@ export interface TermsOptions {
   readonly onProgress?: (done: number, total: number) => void;
 }
 
-/** Norms with λ = γ = 1: a term is linear in its weight. */
+/**
+ * The terms of one group of variables with λ = γ = 1, as inner products: terms are linear in their weights, so that these give the
+ * norm of every weighted sum.
+ */
+export interface GroupTerms {
+  /** ‖∇ L_pref‖ (a on φ, c on θ), the norm of the penalty's term (b on φ, d on θ) and ‖∇R‖ (e). */
+  readonly preference: number;
+  readonly penalty: number;
+  readonly regularizer: number;
+  /** ⟨preference, penalty⟩, ⟨preference, regularizer⟩ and ⟨penalty, regularizer⟩. */
+  readonly inner: readonly [number, number, number];
+}
+
+/** What was measured of all terms. */
 export interface TermNorms {
-  /** ‖∇_φ L_pref‖ and ‖∇_θ L_pref‖. */
-  readonly a: number;
-  readonly c: number;
-  /** ‖∇_θ L_SFT‖, and ‖∇_φ L_SFT‖, which (b) is a difference of two of. */
-  readonly d: number;
+  /** (c), (d) and (e) on θ: the lower level has no part in them. */
+  readonly backbone: GroupTerms;
+  /** ‖∇_φ L_SFT‖, which (b) is a difference of two of. */
   readonly sftAdapters: number;
-  /** ‖∇_θ R‖ and ‖∇_φ R‖. */
-  readonly e: number;
-  readonly ePhi: number;
-  /** (b) by α and K. */
-  readonly b: readonly LowerTerm[];
+  /** (a), (b) and (e) on φ by α and K. */
+  readonly adapters: readonly LowerTerm[];
   /** Whether (b) was taken to first order in the lower level's steps, and not as a difference. */
   readonly firstOrder: boolean;
 }
 
-export interface LowerTerm {
+export interface LowerTerm extends GroupTerms {
   readonly lowerLearningRate: number;
   readonly lowerSteps: number;
-  /** ‖∇_φ L_SFT(θ, φ) - ∇_φ L_SFT(θ_K, φ)‖. */
-  readonly b: number;
   /** L_SFT(θ, φ) - L_SFT(θ_K, φ). */
   readonly gap: number;
   /** Whether (b) is smaller than what rounding in the dtype of computation can make of two gradients of this size. */
@@ -101,18 +107,42 @@ const release = ({ tensors }: Gradient): void => {
   for (const list of tensors.values()) for (const t of list) t.dispose();
 };
 
-/** ‖x‖, or ‖x - y‖, over one group. */
-async function norm(group: GroupName, x: Gradient, y?: Gradient): Promise<number> {
-  using total = scope(() => {
-    const minus = y?.tensors.get(group);
-    return sumOfSquares(x.tensors.get(group)!.map((t, i) => (minus ? sub(t, minus[i]) : t)));
-  });
+type Tensors = readonly Tensor[];
+
+/** What a gradient adds to another, by group; owned by the caller. */
+function minus(x: Gradient, y: Gradient): Gradient {
+  const of = (group: GroupName): Tensor[] =>
+    x.tensors.get(group)!.map((t, i) => detachFromScope(scope(() => sub(t, y.tensors.get(group)![i]))));
+  return { tensors: new Map(groups.map((group) => [group, of(group)])), metrics: x.metrics };
+}
+
+async function norm(x: Tensors): Promise<number> {
+  using total = scope(() => sumOfSquares(x));
   return Math.sqrt((await total.data())[0]);
 }
 
+/** Norms and inner products of a group's three terms. */
+async function groupTerms(preference: Tensors, penalty: Tensors, regularizer: Tensors): Promise<GroupTerms> {
+  return {
+    preference: await norm(preference),
+    penalty: await norm(penalty),
+    regularizer: await norm(regularizer),
+    inner: [
+      await innerProduct(preference, penalty),
+      await innerProduct(preference, regularizer),
+      await innerProduct(penalty, regularizer),
+    ],
+  };
+}
+
+/** Options of a trainer without its preference loss: the default loss stands in for it. */
+const withoutLoss = (spo: GivenOptions<'spo'>): GivenOptions<'spo'> =>
+  Object.fromEntries(Object.entries(spo).filter(([key]) => !Object.hasOwn(lossOptions, key)));
+
 /**
- * Norms of all terms on the given pairs as one batch. Undefined where the signal ended it early.
- * Memory: twice the gradients beside the trainer's own.
+ * Norms of all terms on the given pairs as one batch, and their inner products. Undefined where the signal ended it early.
+ * Memory: four times the gradients beside the trainer's own.
+ * @throws KeelgradError for options of the trainer that it refuses, as `spo()` does
  */
 export async function measureTerms(
   model: CausalLM,
@@ -121,184 +151,110 @@ export async function measureTerms(
 ): Promise<TermNorms | undefined> {
   const { lowerLearningRates, lowerSteps } = options;
   // Settings of one term have no part without it, and are refused there; λ is what is varied.
-  const { normPerToken, lowerSolver, penaltyForm, lambdaSchedule: _, lambdaRampSteps: __, ...spo } = options.spo;
-  const total = lowerLearningRates.length * lowerSteps.length + 3;
-  const firstOrder = isFirstOrder({ dtype: model.dtype, lowerSteps: 1, penaltyForm });
+  const {
+    normPerToken,
+    normOver,
+    regularizerMethod,
+    lowerSolver,
+    penaltyForm,
+    lambdaSchedule: _,
+    lambdaRampSteps: __,
+    ...spo
+  } = options.spo;
+  const total = lowerLearningRates.length * lowerSteps.length + 4;
   let done = 0;
-  const gradient = async (settings: GivenOptions<'spo'>): Promise<Gradient> => {
-    const result = await gradientOf(model, data, { ...spo, ...settings });
+  const bare = { lambda: 0, gamma: 0, lowerSteps: 0 };
+  const gradient = async (settings: GivenOptions<'spo'>, of = spo): Promise<Gradient> => {
+    const result = await gradientOf(model, data, { ...of, ...bare, ...settings });
     options.onProgress?.(++done, total);
     return result;
   };
-  const bare = { lambda: 0, gamma: 0, lowerSteps: 0 };
-  const preference = await gradient(bare);
-  /** Norms by group of what some settings add to the preference loss's gradient. */
-  const added = async (settings: GivenOptions<'spo'>) => {
-    const other = await gradient({ ...bare, ...settings });
-    const norms = { theta: await norm('backbone', other, preference), phi: await norm('adapters', other, preference) };
+  const kept: Gradient[] = [];
+  const keep = <G extends Gradient>(one: G): G => {
+    kept.push(one);
+    return one;
+  };
+  /** What some settings add to the preference loss's gradient. */
+  const added = async (settings: GivenOptions<'spo'>, to: Gradient, of = spo): Promise<Gradient> => {
+    const other = await gradient(settings, of);
+    const result = minus(other, to);
     release(other);
-    return { ...norms, gap: other.metrics['spo/sft_gap'] };
+    return result;
   };
   try {
-    // The NLL of chosen responses beside the loss is L_SFT, with its gradient for both groups.
-    const nllReduction = options.spo.sftReduction === 'token-mean' ? 'token-mean' : 'sequence-sum';
-    const sft = await added({ nllWeight: (options.spo.nllWeight ?? 0) + 1, nllReduction });
-    const [a, c] = [await norm('adapters', preference), await norm('backbone', preference)];
-    const b: LowerTerm[] = [];
+    const preference = keep(await gradient({}));
+    // The NLL of chosen responses beside a loss is L_SFT, with its gradient for both groups.
+    const plain = withoutLoss(spo);
+    const without = await gradient({}, plain);
+    const nllReduction = spo.sftReduction === 'token-mean' ? 'token-mean' : 'sequence-sum';
+    const sft = keep(await added({ nllWeight: 1, nllReduction }, without, plain));
+    release(without);
+    const regularizer = keep(await added({ gamma: 1, normPerToken, normOver, regularizerMethod }, preference));
+    const parts = (group: GroupName): [Tensors, Tensors, Tensors] => {
+      const of = ({ tensors }: Gradient): Tensors => tensors.get(group)!;
+      return [of(preference), of(sft), of(regularizer)];
+    };
+    const sftAdapters = await norm(sft.tensors.get('adapters')!);
+    const adapters: LowerTerm[] = [];
     for (const steps of lowerSteps)
       for (const lowerLearningRate of lowerLearningRates) {
         if (options.signal?.aborted) return undefined;
-        const { phi, gap } = await added({
-          lambda: 1,
-          lowerSteps: steps,
-          lowerLearningRate,
-          penaltyForm,
-          // Its first step is the gradient's.
-          lowerSolver: lowerSolver === 'momentum' && steps === 1 ? 'gradient' : lowerSolver,
-        });
-        const belowRounding = phi < roundingOf(model.dtype, sft.phi, a);
-        b.push({ lowerLearningRate, lowerSteps: steps, b: phi, gap, belowRounding });
+        // Momentum's first step is the gradient's.
+        const solver = lowerSolver === 'momentum' && steps === 1 ? 'gradient' : lowerSolver;
+        const lower = { lowerSteps: steps, lowerLearningRate, penaltyForm, lowerSolver: solver };
+        const other = await added({ lambda: 1, ...lower }, preference);
+        const [first, , third] = parts('adapters');
+        const terms = await groupTerms(first, other.tensors.get('adapters')!, third);
+        release(other);
+        const belowRounding = terms.penalty < roundingOf(model.dtype, sftAdapters, terms.preference);
+        const gap = other.metrics['spo/sft_gap'];
+        adapters.push({ ...terms, lowerLearningRate, lowerSteps: steps, gap, belowRounding });
       }
-    const r = await added({ gamma: 1, normPerToken });
-    return { a, c, d: sft.theta, sftAdapters: sft.phi, e: r.theta, ePhi: r.phi, b, firstOrder };
+    const firstOrder = isFirstOrder({ dtype: model.dtype, lowerSteps: 1, penaltyForm });
+    return { backbone: await groupTerms(...parts('backbone')), sftAdapters, adapters, firstOrder };
   } finally {
-    release(preference);
+    for (const one of kept) release(one);
   }
 }
 
-/** Norms of the terms at one setting, and their shares in the sum of norms of their group. */
+/** Norms of the three terms of a group and their shares. */
+export interface GroupShares {
+  readonly norms: readonly [number, number, number];
+  /** Of the norm of the group's whole gradient, as the trainer's metrics `spo/share_a` ... count; terms that cancel exceed 1. */
+  readonly shares: readonly [number, number, number];
+}
+
+/** The terms at one setting. */
 export interface TermShares extends Pick<LowerTerm, 'lowerLearningRate' | 'lowerSteps'> {
   readonly lambda: number;
   readonly gamma: number;
-  /** a, b, e_phi of φ, then c, d, e of θ. */
-  readonly norms: readonly [number, number, number, number, number, number];
-  readonly shares: readonly [number, number, number, number, number, number];
+  /** (a), (b), (e) on φ. */
+  readonly adapters: GroupShares;
+  /** (c), (d), (e) on θ. */
+  readonly backbone: GroupShares;
+}
+
+function groupShares(terms: GroupTerms, lambda: number, gamma: number): GroupShares {
+  const norms = [terms.preference, lambda * terms.penalty, gamma * terms.regularizer] as const;
+  const [penalty, regularizer, both] = terms.inner;
+  const crossed = lambda * penalty + gamma * regularizer + lambda * gamma * both;
+  const whole = Math.sqrt(Math.max(0, norms.reduce((total, n) => total + n * n, 0) + 2 * crossed));
+  const share = (n: number): number => (whole > 0 ? n / whole : 0);
+  return { norms, shares: [share(norms[0]), share(norms[1]), share(norms[2])] };
 }
 
 /** All settings: every α and K with every λ and γ. */
 export function termShares(terms: TermNorms, lambdas: readonly number[], gammas: readonly number[]): TermShares[] {
-  const share = (parts: readonly number[]): number[] => {
-    const total = parts.reduce((x, y) => x + y, 0);
-    return parts.map((x) => (total > 0 ? x / total : 0));
-  };
-  return terms.b.flatMap(({ b, lowerLearningRate, lowerSteps }) =>
+  return terms.adapters.flatMap((phi) =>
     lambdas.flatMap((lambda) =>
-      gammas.map((gamma) => {
-        const phi = [terms.a, lambda * b, gamma * terms.ePhi];
-        const theta = [terms.c, lambda * terms.d, gamma * terms.e];
-        return {
-          lowerLearningRate,
-          lowerSteps,
-          lambda,
-          gamma,
-          norms: [...phi, ...theta] as unknown as TermShares['norms'],
-          shares: [...share(phi), ...share(theta)] as unknown as TermShares['shares'],
-        };
-      }),
+      gammas.map((gamma) => ({
+        lowerLearningRate: phi.lowerLearningRate,
+        lowerSteps: phi.lowerSteps,
+        lambda,
+        gamma,
+        adapters: groupShares(phi, lambda, gamma),
+        backbone: groupShares(terms.backbone, lambda, gamma),
+      })),
     ),
   );
-}
-
-const percent = (value: number): string => `${formatNumber(100 * value)} %`;
-
-function findings(terms: TermNorms, dtype: string): string[] {
-  const smallest = terms.b.reduce((x, y) => (y.b < x.b ? y : x));
-  const lost = terms.b.filter((one) => one.belowRounding);
-  const out = [
-    `At λ = 1, α = ${smallest.lowerLearningRate}, K = ${smallest.lowerSteps}, term (b) is ${percent(smallest.b / terms.a)} of term (a): ‖b‖ = ${formatNumber(smallest.b)}, ‖a‖ = ${formatNumber(terms.a)}.`,
-    `On the backbone, term (d) at λ = 1 is ${formatNumber(terms.d / terms.c)} times term (c).`,
-    terms.e + terms.ePhi > 0
-      ? `At γ = 1 the regularizer adds ${formatNumber(terms.e / terms.c)} times term (c) on the backbone and ${formatNumber(terms.ePhi / terms.a)} times term (a) on the adapters.`
-      : 'No pair of this batch is active: the regularizer adds nothing.',
-  ];
-  if (lost.length > 0) {
-    const where = lost.map((one) => `α = ${one.lowerLearningRate}, K = ${one.lowerSteps}`).join('; ');
-    out.push(
-      terms.firstOrder
-        ? `Term (b) is below the rounding of ${dtype} at ${where}: only its first-order form, which was taken here, can tell it from noise.`
-        : `Term (b) is below the rounding of ${dtype} at ${where}: there it is noise, and the lower level does nothing that could be told from it.`,
-    );
-  }
-  return out;
-}
-
-/** The report of a finished measurement. */
-export function termsReport(
-  terms: TermNorms,
-  options: TermsOptions,
-  facts: { model: string; pairs: number; dtype: string },
-): Report {
-  const rows = termShares(terms, options.lambdas, options.gammas);
-  const line = (y: (one: LowerTerm) => number, series: (one: LowerTerm) => string) =>
-    terms.b.map((one) => ({ x: one.lowerLearningRate, y: y(one), series: series(one) }));
-  return {
-    id: 'terms',
-    title: 'What the terms of SPO’s gradient weigh',
-    introduction: [
-      `${facts.model}, ${facts.pairs} pairs as one batch, computed in ${facts.dtype}. On the adapters φ: (a) the preference loss, (b) λ times the difference of two SFT gradients, γ∇R. On the backbone θ: (c) the preference loss, (d) λ times SFT, (e) γ∇R.`,
-    ],
-    findings: findings(terms, facts.dtype),
-    charts: [
-      lineChart(
-        [
-          ...line(
-            (one) => one.b,
-            (one) => `‖b‖ at λ = 1, K = ${one.lowerSteps}`,
-          ),
-          ...line(
-            () => terms.a,
-            () => '‖a‖',
-          ),
-        ],
-        {
-          id: 'terms-b',
-          title: 'Term (b) over the learning rate of the lower level',
-          caption: 'Norms on the adapters. Term (b) is nearly linear in α K while the steps are small.',
-          x: 'α (lower-level learning rate)',
-          y: 'norm',
-          logX: true,
-          logY: true,
-          points: true,
-        },
-      ),
-    ],
-    tables: [
-      {
-        id: 'terms',
-        title: 'Norms and shares',
-        caption: 'Shares are of the sum of norms on the same group of variables.',
-        columns: [
-          'alpha',
-          'K',
-          'lambda',
-          'gamma',
-          '|a|',
-          '|b|',
-          '|γ∇R| φ',
-          'share b',
-          '|c|',
-          '|d|',
-          '|e|',
-          'share d',
-          'share e',
-        ],
-        rows: rows.map(({ lowerLearningRate, lowerSteps, lambda, gamma, norms: n, shares }) => [
-          lowerLearningRate,
-          lowerSteps,
-          lambda,
-          gamma,
-          n[0],
-          n[1],
-          n[2],
-          shares[1],
-          n[3],
-          n[4],
-          n[5],
-          shares[4],
-          shares[5],
-        ]),
-      },
-    ],
-    data: { ...facts, options: options.spo, terms, rows },
-  };
 }

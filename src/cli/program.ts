@@ -145,7 +145,7 @@ function commandOption(key: OptionKey, method: Method): Option {
 const configOption = (): Option =>
   new Option('--config <FILE>', 'options from a JSON or YAML file; the command line wins').helpGroup('Model and data:');
 
-const takesConfig = (method: Method): boolean => ['sft', 'dpo', 'spo'].includes(method);
+const takesConfig = (method: Method): boolean => !['score', 'demo', 'info'].includes(method);
 
 /** `analyze theory` is a command of `analyze`, which has no options of its own. */
 function parentOf(program: Command, method: Method): Command {

@@ -5,6 +5,7 @@ import {
   type AnalyzeMethod,
   analyzeMethods,
   type Chosen,
+  followMethods,
   groups,
   modelMethods,
   type OptionSpec,
@@ -120,11 +121,15 @@ export const machineOptions = {
   },
   seed: {
     type: 'integer',
-    methods: ['sft', 'dpo', 'spo', 'demo', ...analyzeMethods],
+    methods: ['sft', 'dpo', 'spo', 'demo', ...followMethods, 'analyze terms'],
     group: groups.machine,
     min: 0,
     default: 42,
     help: 'seed of order, adapter initialization and dropout',
+    helpOf: {
+      'analyze mass-shift': 'seed of samples, order, adapter initialization and the toy model',
+      'analyze terms': 'seed of adapter initialization',
+    },
   },
   json: {
     type: 'boolean',

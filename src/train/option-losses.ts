@@ -8,9 +8,11 @@ import {
   preferenceLossNames,
   referenceFree,
 } from '../objectives/preference/facts.js';
-import { analyzeMethods, type Chosen, groups, type OptionSpec, preferenceMethods } from './option-spec.js';
+import { type Chosen, groups, type OptionSpec, spoMethods } from './option-spec.js';
 
 const lossesOf = (chosen: Chosen): readonly string[] => chosen.lossType as readonly string[];
+
+const preferenceMethods = ['dpo', ...spoMethods] as const;
 
 const row = { methods: preferenceMethods, group: groups.objective } as const;
 const parameter = { type: 'number', methods: preferenceMethods, group: groups.losses } as const;
@@ -36,7 +38,7 @@ export const lossOptions = {
   },
   beta: {
     ...row,
-    methods: [...preferenceMethods, ...analyzeMethods],
+    methods: [...preferenceMethods, 'analyze theory'],
     type: 'number',
     default: {
       dpo: 0.1,

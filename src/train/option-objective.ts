@@ -1,5 +1,5 @@
 // Options on what is trained and on SPO's levels: rows of the option table. Data only.
-import { followMethods, groups, type OptionSpec } from './option-spec.js';
+import { followMethods, groups, type OptionSpec, spoMethods } from './option-spec.js';
 import { presetHelp, spoPresetNames } from './presets.js';
 
 export const objectiveOptions = {
@@ -26,22 +26,27 @@ export const objectiveOptions = {
   },
   sftReduction: {
     type: 'string',
-    methods: ['sft', 'spo'],
+    methods: ['sft', ...spoMethods],
     group: groups.objective,
     placeholder: 'NAME',
     choices: ['token-mean', 'sum'],
-    default: { sft: 'token-mean', spo: 'sum' },
+    default: {
+      sft: 'token-mean',
+      spo: 'sum',
+      'analyze dynamics': 'sum',
+      'analyze mass-shift': 'sum',
+      'analyze sensitivity': 'sum',
+      'analyze terms': 'sum',
+    },
     help: 'token-mean (over the batch) or sum (over tokens, mean over records)',
   },
 } as const satisfies Record<string, OptionSpec>;
 
-/** The analyses that take the regularizer's gradient. */
-const regularized = ['spo', ...followMethods, 'analyze terms'] as const;
-
 export const spoOptions = {
   preset: {
     type: 'string',
-    methods: ['spo'],
+    methods: ['spo', ...followMethods],
+    absent: { 'analyze terms': 'all that a preset sets apart from the defaults here is what this analysis varies' },
     group: groups.objective,
     placeholder: 'NAME',
     choices: spoPresetNames,
@@ -77,7 +82,7 @@ export const spoOptions = {
   },
   penaltyForm: {
     type: 'string',
-    methods: ['spo', 'analyze terms'],
+    methods: spoMethods,
     group: groups.objective,
     placeholder: 'NAME',
     choices: ['auto', 'difference', 'first-order'],
@@ -94,7 +99,7 @@ export const spoOptions = {
   },
   normOver: {
     type: 'string',
-    methods: ['spo'],
+    methods: spoMethods,
     group: groups.objective,
     placeholder: 'WHAT',
     choices: ['all', 'adapters', 'backbone'],
@@ -103,7 +108,7 @@ export const spoOptions = {
   },
   normPerToken: {
     type: 'boolean',
-    methods: regularized,
+    methods: spoMethods,
     group: groups.objective,
     default: false,
     alsoCalled: ['length-normalize'],
@@ -111,7 +116,7 @@ export const spoOptions = {
   },
   regularizerMethod: {
     type: 'string',
-    methods: ['spo'],
+    methods: spoMethods,
     group: groups.objective,
     placeholder: 'NAME',
     choices: ['exact', 'finite-differences'],
@@ -138,7 +143,7 @@ export const spoOptions = {
   },
   lowerSolver: {
     type: 'string',
-    methods: regularized,
+    methods: spoMethods,
     group: groups.objective,
     placeholder: 'NAME',
     choices: ['gradient', 'momentum', 'adam'],

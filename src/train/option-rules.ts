@@ -14,7 +14,7 @@ import {
 } from '../objectives/preference/facts.js';
 import { type LossContext, lossConflict } from '../objectives/preference/rules.js';
 import { lossOptions } from './option-losses.js';
-import { type Chosen, type Method, preferenceMethods, type Value } from './option-spec.js';
+import { type Chosen, type Method, spoMethods, type Value } from './option-spec.js';
 import type { OptionKey } from './option-table.js';
 import { linearNames } from './option-training.js';
 import { type PenaltyForm, spoConflict } from './spo-rules.js';
@@ -299,9 +299,11 @@ function checkLosses({ chosen, naming }: RuleContext): void {
   }
 }
 
+const takesSpoGradient = (method: Method): boolean => spoMethods.some((one) => one === method);
+
 /** Losses that lack what they need, or that cannot be had together. */
 function checkLossInputs({ method, chosen, naming }: RuleContext): void {
-  if (!preferenceMethods.some((one) => one === method)) return;
+  if (method !== 'dpo' && !takesSpoGradient(method)) return;
   const context: LossContext = {
     names: losses(chosen) as readonly PreferenceLossName[],
     labelSmoothing: chosen.labelSmoothing as number,
@@ -309,21 +311,25 @@ function checkLossInputs({ method, chosen, naming }: RuleContext): void {
     nllWeight: chosen.nllWeight as number,
     hasReference: chosen.reference !== 'none',
     referenceRemedy: leaveOut(naming, 'reference', 'initial'),
-    batchSize: (chosen.batchSize as number) * (chosen.gradientAccumulationSteps as number),
+    batchSize: ((chosen.batchSize ?? chosen.pairs) as number) * ((chosen.gradientAccumulationSteps ?? 1) as number),
     weighted: chosen.wpo === true,
   };
   const conflict = lossConflict(context, naming);
   if (conflict !== undefined) throw new KeelgradError(`${naming.option('lossType')}: ${conflict}`);
 }
 
+/** The largest of an option's values, of which an analysis may take several. */
+const largest = (chosen: Chosen, one: OptionKey, several: OptionKey): number =>
+  Math.max(...((chosen[several] ?? [chosen[one]]) as readonly number[]));
+
 /** Settings of SPO that exclude each other. The model's own dtype is looked at once more where it is known. */
 function checkSpo({ method, chosen, naming }: RuleContext): void {
-  if (method !== 'spo') return;
+  if (!takesSpoGradient(method)) return;
   const conflict = spoConflict(
     {
       dtype: chosen.dtype as string,
-      gamma: chosen.gamma as number,
-      lowerSteps: chosen.lowerSteps as number,
+      gamma: largest(chosen, 'gamma', 'gammas'),
+      lowerSteps: largest(chosen, 'lowerSteps', 'lowerStepCounts'),
       lowerSolver: chosen.lowerSolver as string,
       lowerWarmStart: chosen.lowerWarmStart as boolean,
       penaltyForm: chosen.penaltyForm as PenaltyForm,

@@ -69,8 +69,6 @@ export interface OptionSpec {
 
 /** The commands that train. */
 export const trainMethods = ['sft', 'dpo', 'spo'] as const;
-/** Those that learn from preferences. */
-export const preferenceMethods = ['dpo', 'spo'] as const;
 /** Those that read a model and data. */
 export const modelMethods = ['sft', 'dpo', 'spo', 'score'] as const;
 
@@ -83,6 +81,8 @@ export const analyzeMethods = [
   'analyze terms',
 ] as const;
 export const followMethods = ['analyze dynamics', 'analyze mass-shift', 'analyze sensitivity'] as const;
+/** The commands that take SPO's gradient. */
+export const spoMethods = ['spo', ...followMethods, 'analyze terms'] as const;
 
 /** Headings of the help pages. */
 export const groups = {

@@ -15,10 +15,13 @@ const levelRate: DefaultRule = {
 /** The seven linear maps of a Llama or Qwen2 block. */
 export const linearNames = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'] as const;
 
+/** The commands that make new adapters. */
+const adapterMethods = [...trainMethods, ...followMethods, 'analyze terms'] as const;
+
 export const loraOptions = {
   loraR: {
     type: 'integer',
-    methods: [...trainMethods, ...followMethods, 'analyze terms'],
+    methods: adapterMethods,
     group: groups.lora,
     min: 1,
     default: 16,
@@ -27,7 +30,7 @@ export const loraOptions = {
   },
   loraAlpha: {
     type: 'number',
-    methods: [...trainMethods, ...followMethods, 'analyze terms'],
+    methods: adapterMethods,
     group: groups.lora,
     above: 0,
     default: 32,
@@ -45,7 +48,7 @@ export const loraOptions = {
   },
   loraTargets: {
     type: 'strings',
-    methods: trainMethods,
+    methods: adapterMethods,
     group: groups.lora,
     placeholder: 'NAME[,NAME]',
     default: {
@@ -57,7 +60,7 @@ export const loraOptions = {
   },
   rslora: {
     type: 'boolean',
-    methods: trainMethods,
+    methods: adapterMethods,
     group: groups.lora,
     default: false,
     alsoCalled: ['use-rslora'],

@@ -1,13 +1,25 @@
 // The analyses as the command line runs them, small, on the demo's model: what is written, and that it holds what it says.
-import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
-import { runAnalysis } from '../../src/analyze/commands.js';
+import type { Chart, Point } from '../../src/analyze/charts.js';
+import { makeReport, runAnalysis } from '../../src/analyze/commands.js';
+import { drawSvg } from '../../src/analyze/report.js';
+import { toyFlow } from '../../src/analyze/toy.js';
+import { assets } from '../../src/demo/settings.js';
 import { type Analysis, resolveOptions } from '../../src/train/options.js';
+import { train } from '../train/support.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'keelgrad-analyze-'));
 afterAll(() => rmSync(folder, { recursive: true }));
+
+/** The first pairs of the demo's file, in one of their own. */
+function demoPairs(count: number): string {
+  const path = join(folder, `pairs-${count}.jsonl`);
+  writeFileSync(path, readFileSync(assets.pairs, 'utf8').split('\n').slice(0, count).join('\n'));
+  return path;
+}
 
 const small: Readonly<Record<Analysis, object>> = {
   theory: { pairs: 2, stepSizes: [1e-4, 1e-5] },
@@ -49,15 +61,61 @@ describe.each(Object.keys(small) as Analysis[])('%s', (name) => {
   });
 });
 
+/** Titles of a chart's axes, wherever they stand in its specification. */
+function axisTitles({ spec }: Chart): { x: Set<string>; y: Set<string> } {
+  const found = { x: new Set<string>(), y: new Set<string>() };
+  const visit = (node: unknown): void => {
+    if (typeof node !== 'object' || node === null) return;
+    for (const [key, value] of Object.entries(node)) {
+      if ((key === 'x' || key === 'y') && typeof value?.title === 'string') found[key].add(value.title);
+      else if (key !== 'values') visit(value);
+    }
+  };
+  visit(spec);
+  return found;
+}
+
+/** What an axis of a quantity without a unit may be called. */
+const pure =
+  /^(optimizer steps|probability|change of π|share of .*|outputs, the likeliest first \(rank\)|case of Theorem 2|norm of the term|[αληKγ] \(.+\))$/;
+
+describe.each(Object.keys(small) as Analysis[])('charts of %s', (name) => {
+  it('have a title, and axes with titles and units, in the specification and in the picture', {
+    timeout: 120_000,
+  }, async () => {
+    const report = (await makeReport(
+      name,
+      resolveOptions(`analyze ${name}`, { ...small[name], device: 'cpu' }) as never,
+    ))!;
+    expect(report.charts.length).toBeGreaterThan(1);
+    expect(new Set(report.charts.map((c) => c.id)).size).toBe(report.charts.length);
+    for (const chart of report.charts) {
+      const { x, y } = axisTitles(chart);
+      expect([chart.title.length > 10, x.size, y.size], chart.id).toEqual([true, 1, 1]);
+      const texts = [...(await drawSvg(chart)).matchAll(/<text[^>]*>([^<]*)<\/text>/g)].map(([, text]) =>
+        text.replaceAll('&gt;', '>').replaceAll('&amp;', '&'),
+      );
+      for (const title of [...x, ...y]) {
+        expect(title, chart.id).toMatch(/\(nats²?\)$/.test(title) ? /./ : pure);
+        expect(texts, chart.id).toContain(title);
+      }
+      expect(texts).toContain(chart.title);
+      for (const text of texts) expect(text, chart.id).not.toMatch(/…|undefined|NaN/);
+    }
+    for (const { columns } of report.tables) expect(new Set(columns).size).toBe(columns.length);
+  });
+});
+
 describe('what it measures', () => {
   it('terms: (b) is linear in small alpha, and the regularizer has a part on both levels', {
     timeout: 60_000,
   }, async () => {
     const { text } = await run('terms', { lowerLearningRates: [1e-6, 2e-6], dtype: 'float64' });
     const { terms } = JSON.parse(text('terms.json'));
-    expect(terms.b[1].b / terms.b[0].b).toBeCloseTo(2, 1);
-    expect(terms.b[1].gap / terms.b[0].gap).toBeCloseTo(2, 1);
-    for (const key of ['a', 'c', 'd', 'sftAdapters']) expect(terms[key]).toBeGreaterThan(0);
+    expect(terms.adapters[1].penalty / terms.adapters[0].penalty).toBeCloseTo(2, 1);
+    expect(terms.adapters[1].gap / terms.adapters[0].gap).toBeCloseTo(2, 1);
+    for (const key of ['preference', 'penalty', 'regularizer']) expect(terms.backbone[key]).toBeGreaterThan(0);
+    expect(terms.sftAdapters).toBeGreaterThan(0);
   });
 
   it('terms: by another solver, by token, to first order; and what it says of rounding', {
@@ -69,14 +127,14 @@ describe('what it measures', () => {
     };
     const plain = await measured({});
     const adam = await measured({ lowerSolver: 'adam' });
-    expect(adam.terms.b[0].gap).not.toBeCloseTo(plain.terms.b[0].gap, 6);
-    expect(adam.terms.e).toBe(plain.terms.e);
+    expect(adam.terms.adapters[0].gap).not.toBeCloseTo(plain.terms.adapters[0].gap, 6);
+    expect(adam.terms.backbone).toEqual(plain.terms.backbone);
     const byToken = await measured({ normPerToken: true });
-    expect(byToken.terms.e).not.toBeCloseTo(plain.terms.e, 3);
-    expect(byToken.terms.b).toEqual(plain.terms.b);
+    expect(byToken.terms.backbone.regularizer).not.toBeCloseTo(plain.terms.backbone.regularizer, 3);
+    expect(byToken.terms.adapters[0].penalty).toBe(plain.terms.adapters[0].penalty);
     const first = await measured({ penaltyForm: 'first-order' });
     expect([plain, first].map(({ terms }) => terms.firstOrder)).toEqual([false, true]);
-    expect(first.terms.b[0].b / plain.terms.b[0].b).toBeCloseTo(1, 1);
+    expect(first.terms.adapters[0].penalty / plain.terms.adapters[0].penalty).toBeCloseTo(1, 1);
     const tiny = { lowerLearningRates: [1e-14] };
     expect((await measured(tiny)).findings).toMatch(
       /Term \(b\) is below the rounding of float32 at .*: there it is noise/,
@@ -99,6 +157,96 @@ describe('what it measures', () => {
         found.push(await changes(name, { ...lower, ...given }));
       expect(new Set(found).size).toBe(4);
       expect(await changes(name, lower)).toBe(found[0]);
+    }
+  });
+
+  it('terms: shares are those of the trainer', { timeout: 60_000 }, async () => {
+    const given = {
+      lossType: 'ipo_sum',
+      sftReduction: 'token-mean',
+      normOver: 'adapters',
+      dtype: 'float64',
+      data: demoPairs(2),
+    };
+    const { text } = await run('terms', {
+      ...given,
+      lambdas: [2],
+      gammas: [0.3],
+      lowerLearningRates: [1e-3],
+      lowerStepCounts: [2],
+    });
+    const [row] = JSON.parse(text('terms.json')).rows;
+    const more = {
+      lambda: 2,
+      gamma: 0.3,
+      lowerLearningRate: 1e-3,
+      lowerSteps: 2,
+      beta: 0.5,
+      maxSteps: 1,
+      batchSize: 2,
+    };
+    const { metrics } = await train('spo', { ...given, ...more, model: assets.model, termNorms: true, device: 'cpu' });
+    for (const [group, names] of [
+      ['adapters', ['a', 'b', 'e_phi']],
+      ['backbone', ['c', 'd', 'e']],
+    ] as const)
+      names.forEach((term, i) => {
+        expect(row[group].norms[i] / metrics[0][`spo/term_${term}`], term).toBeCloseTo(1, 6);
+        expect(row[group].shares[i], term).toBeCloseTo(metrics[0][`spo/share_${term}`], 6);
+      });
+  });
+
+  it('sensitivity: R is measured where gamma is 0, too', { timeout: 60_000 }, async () => {
+    const { text } = await run('sensitivity', { lambdas: [1], normPerToken: true });
+    const { start, runs } = JSON.parse(text('sensitivity.json'));
+    expect(start.regularizer).toBeGreaterThan(0);
+    for (const one of runs) expect(one.regularizer).toBeGreaterThan(0);
+    expect(runs.map((one: { gamma: number }) => one.gamma)).toEqual([0, 0.01]);
+  });
+
+  it('dynamics: every curve raw and smoothed', { timeout: 60_000 }, async () => {
+    const options = resolveOptions('analyze dynamics', { ...small.dynamics, emaDecay: 0.5, device: 'cpu' });
+    const { charts } = (await makeReport('dynamics', options))!;
+    for (const { id, spec } of charts) {
+      const points = (spec as { data: { values: Point[] } }).data.values;
+      const curves = new Map<string, { raw: Point[]; smooth: Point[] }>();
+      for (const point of points) {
+        const name = `${point.panel} ${point.series}`;
+        const curve = curves.get(name) ?? { raw: [], smooth: [] };
+        curves.set(name, curve);
+        curve[point.raw ? 'raw' : 'smooth'].push(point);
+      }
+      expect(curves.size, id).toBeGreaterThan(1);
+      for (const { raw, smooth } of curves.values()) {
+        expect(smooth.map((p) => p.x)).toEqual(raw.map((p) => p.x));
+        const kept = 0.5 ** (raw[1].x - raw[0].x);
+        const second = (kept * 0.5 * raw[0].y + (1 - kept) * raw[1].y) / (kept * 0.5 + 1 - kept);
+        expect(smooth[0].y).toBeCloseTo(raw[0].y, 10);
+        expect(smooth[1].y).toBeCloseTo(second, 10);
+      }
+    }
+  });
+
+  it('mass shift: the exact flow to every output, and its first order', { timeout: 60_000 }, async () => {
+    const flow = await toyFlow({ seed: 42, beta: 0.5, stepSize: 1e-6 });
+    expect(flow.pairs.map((pair) => pair.case)).toEqual(['case 1', 'case 2', 'both rise']);
+    const sum = (values: number[]): number => values.reduce((a, b) => a + b, 0);
+    for (const { outputs, shares, moved, case: name } of flow.pairs) {
+      expect(outputs).toHaveLength(125);
+      expect(
+        outputs
+          .filter((o) => o.role !== 'other')
+          .map((o) => o.role)
+          .sort(),
+      ).toEqual(['y*', 'y_l', 'y_w']);
+      expect(sum(outputs.map((o) => o.before))).toBeCloseTo(1, 10);
+      expect(sum(outputs.map((o) => o.after))).toBeCloseTo(1, 10);
+      for (const o of outputs) expect(Math.abs(o.change - o.firstOrder)).toBeLessThan(0.01 * moved);
+      expect(sum(Object.values(shares))).toBeCloseTo(1, 10);
+      const gained = outputs.filter((o) => o.role === 'y*' && o.change > 0).map((o) => o.change / moved);
+      expect(shares['y*']).toBeCloseTo(sum(gained), 10);
+      const chosen = outputs.find((o) => o.role === 'y_w')!;
+      expect(Math.sign(chosen.change)).toBe(name === 'case 1' ? -1 : 1);
     }
   });
 

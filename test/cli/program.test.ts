@@ -385,6 +385,12 @@ describe('analyze', () => {
     );
   });
 
+  it('reads its options from a config file', async () => {
+    const file = config('analysis.yaml', 'pairs: 3\nlambdas: [1, 2]\n');
+    const { options } = await run(['analyze', 'terms', '--config', file, '--pairs', '2']);
+    expect(options).toMatchObject({ method: 'analyze terms', pairs: 2, lambdas: [1, 2] });
+  });
+
   it('stopped before its end, it says so', async () => {
     const { code, out } = await run(['analyze', 'terms'], { runAnalysis: async () => undefined });
     expect([code, out]).toStrictEqual([130, 'stopped before its end; nothing was written\n']);
