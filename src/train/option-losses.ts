@@ -8,7 +8,7 @@ import {
   preferenceLossNames,
   referenceFree,
 } from '../objectives/preference/facts.js';
-import { type Chosen, groups, type OptionSpec, spoMethods } from './option-spec.js';
+import { type Chosen, followMethods, groups, type OptionSpec, spoMethods } from './option-spec.js';
 
 const lossesOf = (chosen: Chosen): readonly string[] => chosen.lossType as readonly string[];
 
@@ -128,6 +128,7 @@ export const lossOptions = {
   },
   betaDpoMomentum: {
     ...parameter,
+    methods: ['dpo', 'spo', ...followMethods],
     ...lossParameters.betaDpoMomentum,
     help: 'momentum of the mean margin that beta_dpo compares with',
   },

@@ -127,6 +127,9 @@ const ofSpo = {
   regularizerMethod: 'exact',
 } as const;
 
+/** A momentum over steps has no part in one gradient. */
+const { betaDpoMomentum: _, ...withoutMomentum } = ofSpo;
+
 /** What those that train have. */
 const followed = {
   ...ofSpo,
@@ -251,7 +254,7 @@ const documented = {
   },
   'analyze terms': {
     ...analysis('terms'),
-    ...ofSpo,
+    ...withoutMomentum,
     data: assets.pairs,
     maxLength: 1024,
     pairs: 4,
@@ -543,6 +546,16 @@ describe('combinations in which an option would do nothing', () => {
       '--norm-per-token has no effect with --gamma 0: there is no regularizer; leave it out',
     ],
     ['spo', { regularizerMethod: 'finite-differences' }, '--regularizer-method has no effect with --gamma 0'],
+    [
+      'analyze terms',
+      { lowerSolver: 'momentum', penaltyForm: 'first-order' },
+      '--lower-solver momentum cannot be had with --penalty-form first-order',
+    ],
+    [
+      'analyze sensitivity',
+      { gammas: '0,0.1', regularizerMethod: 'finite-differences', dtype: 'bfloat16' },
+      '--regularizer-method finite-differences expected dtype float32 or float64',
+    ],
     ['analyze dynamics', { normOver: 'adapters' }, '--norm-over has no effect with --gamma 0'],
     ['analyze dynamics', { lowerSteps: 0, penaltyForm: 'first-order' }, '--penalty-form has no effect with'],
     ['analyze terms', { discopopTau: 0.1 }, '--discopop-tau has no effect with --loss-type sigmoid'],
@@ -551,7 +564,7 @@ describe('combinations in which an option would do nothing', () => {
       { preset: 'paper' },
       'not of keelgrad analyze terms: all that a preset sets apart from the defaults',
     ],
-    ['analyze theory', { seed: 1 }, '--seed is an option of'],
+    ['analyze theory', { seed: 1 }, 'seed is an option of keelgrad sft'],
     ['analyze dynamics', { normPerToken: true }, '--norm-per-token has no effect with --gamma 0'],
     ['analyze sensitivity', { normPerToken: true, gammas: '0' }, '--norm-per-token has no effect with --gamma 0'],
     ['spo', { lowerSteps: 0, lowerLearningRate: 2e-5 }, '--lower-learning-rate has no effect with --lower-steps 0'],
@@ -599,7 +612,8 @@ describe('combinations in which an option would do nothing', () => {
     ['spo', { lambda: 0, gamma: 0.1, termNorms: true, normPerToken: true }],
     ['spo', { lowerSolver: 'momentum', lowerSteps: 2, lowerWarmStart: true, penaltyForm: 'difference' }],
     ['spo', { preset: 'paper', lowerSteps: 0, maxSteps: 3, gamma: 0, optimizer: 'sgd' }],
-    ['analyze terms', { normPerToken: true, lowerSolver: 'momentum', penaltyForm: 'first-order' }],
+    ['analyze terms', { normPerToken: true, lowerSolver: 'momentum' }],
+    ['analyze terms', { normPerToken: true, penaltyForm: 'first-order' }],
     ['dpo', { train: 'both', adapter: 'a', reference: 'base' }],
     ['sft', { loraTargets: 'model.layers.0.self_attn.q_proj,base_model.model.model.layers.1.mlp.up_proj' }],
     ['sft', { loraTargets: 'all-linear' }],
