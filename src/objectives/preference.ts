@@ -16,17 +16,15 @@ import {
   type PreferenceLossName,
   usersOf,
 } from './preference/facts.js';
-import { type PairLogProbs, type PreferenceParameters, tokenMeanNll } from './preference/inputs.js';
+import { type PairLogProbs, type PreferenceParameters, type Reward, tokenMeanNll } from './preference/inputs.js';
 import type { LabelledLogProbs } from './preference/kto.js';
-import { preferenceLosses } from './preference/losses.js';
-import { type Reward, rewardOf } from './preference/rewards.js';
+import { preferenceLosses, rewardOf } from './preference/losses.js';
 import { type LossContext, lossConflict, unpairedConflict } from './preference/rules.js';
 
 export type { FDivergence, NllReduction, PreferenceLossName } from './preference/facts.js';
-export { margin, type PairLogProbs, type PreferenceParameters } from './preference/inputs.js';
+export { margin, type PairLogProbs, type PreferenceParameters, type Reward } from './preference/inputs.js';
 export { ktoKl, type LabelledLogProbs } from './preference/kto.js';
 export { nextBetaDpoMean, preferenceLosses } from './preference/losses.js';
-export type { Reward } from './preference/rewards.js';
 export { lengthDesensitizedWeights, wpoWeights } from './preference/tokens.js';
 
 /** Parameters carry their loss's name (see `lossParameters` for defaults); one that no named loss uses is refused. */
@@ -210,7 +208,7 @@ export function responseLoss(responses: LabelledLogProbs, options: PreferenceLos
 
 /** The reward of a response that goes with the loss; with several losses, with the first. */
 export const implicitReward = (options: PreferenceLossOptions): Reward =>
-  rewardOf(namesOf(options), completeParameters(options));
+  rewardOf(namesOf(options)[0], completeParameters(options));
 
 /** L_DPO (Eq. 1): preferenceLoss with the sigmoid loss. */
 export const dpoLoss = (pairs: PairLogProbs, options: { beta: number }): Tensor =>

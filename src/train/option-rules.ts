@@ -4,7 +4,6 @@
 import { didYouMean, KeelgradError, show } from '../errors.js';
 import {
   factsOf,
-  isBatchMean,
   type LossSetting,
   lossParameterNames,
   type PreferenceLossName,
@@ -96,7 +95,7 @@ const lossSwitches: readonly DeadSwitch[] = [
   },
   {
     keys: ['ldAlpha'],
-    dead: (chosen) => factsOf(losses(chosen)).every(isBatchMean),
+    dead: (chosen) => factsOf(losses(chosen)).every((facts) => facts.isNll),
     because: (naming, chosen) => `${withLosses(naming, chosen)}, which is no loss of pairs`,
     remedy: () => 'leave it out',
     neutral: 1,

@@ -89,6 +89,8 @@ export type PreferenceLossName = (typeof preferenceLossNames)[number];
 export interface LossFacts {
   /** Parameters beside beta. */
   readonly uses?: readonly LossSetting[];
+  /** It takes the logarithm of the label smoothing, which must be above 0: what its paper sets. */
+  readonly usualSmoothing?: number;
   /** Neither the loss nor its reward has a beta. */
   readonly noBeta?: true;
   /** Why it needs a reference. */
@@ -113,6 +115,8 @@ export interface LossFacts {
   readonly unpaired?: true;
   /** The NLL of the chosen response belongs to the loss, with this weight. */
   readonly nllWeight?: number;
+  /** It is that NLL: one number for a batch, beside the losses of pairs, not one of them. */
+  readonly isNll?: true;
 }
 
 const absolute = 'it compares each log-probability, not their difference, with the reference';
@@ -134,7 +138,7 @@ export const lossFacts: Readonly<Record<PreferenceLossName, LossFacts>> = {
   ipo_sum: {},
   robust: { uses: ['labelSmoothing'], divergence: true },
   cdpo: { uses: ['labelSmoothing'] },
-  exo_pair: { uses: ['labelSmoothing'], divergence: true },
+  exo_pair: { uses: ['labelSmoothing'], divergence: true, usualSmoothing: 0.001 },
   nca_pair: { needsReference: absolute },
   bco_pair: { needsReference: absolute, unpaired: true },
   sppo_hard: { needsReference: absolute },
@@ -161,7 +165,7 @@ export const lossFacts: Readonly<Record<PreferenceLossName, LossFacts>> = {
   kto: { ...labelled, needsKl: true },
   apo_zero_unpaired: labelled,
   // Without a reference in its formula, but its rewards are those of DPO, as in TRL.
-  sft: { notPerPair: 'it is one mean over the tokens of the batch' },
+  sft: { notPerPair: 'it is one mean over the tokens of the batch', isNll: true },
 };
 
 /** The facts of some names; names that do not exist have none. */
@@ -171,10 +175,6 @@ export const factsOf = (names: readonly string[]): LossFacts[] =>
 /** The weight of the NLL term where none is given: 1 with CPO and ORPO, whose definitions have it. */
 export const defaultNllWeight = (names: readonly string[]): number =>
   Math.max(0, ...factsOf(names).map((facts) => facts.nllWeight ?? 0));
-
-/** `sft` is beside the losses of pairs, not one of them. */
-export const isBatchMean = (facts: LossFacts): boolean =>
-  facts.notPerPair !== undefined && facts.needsSeveral === undefined;
 
 /** Whether some loss has a score that an f-divergence could replace. */
 export const takesDivergence = (names: readonly string[]): boolean => factsOf(names).some((facts) => facts.divergence);

@@ -40,6 +40,9 @@ export type PreferenceParameters = { readonly [P in LossParameter]: number } & {
   readonly betaDpoMean: number | Tensor;
 };
 
+/** The implicit reward of a response, on the host: of its log π, that of the reference or null, and its scored tokens. */
+export type Reward = (policy: number, reference: number | null, tokens: number) => number;
+
 const ratio = (policy: Tensor, reference: Tensor | null): Tensor => (reference ? sub(policy, reference) : policy);
 /** h_w. */
 export const chosenRatio = (p: PairLogProbs): Tensor => ratio(p.chosen, p.refChosen);

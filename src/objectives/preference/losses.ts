@@ -1,5 +1,5 @@
-// The table of preference losses: from name to a pure function of per-sequence log-probabilities.
-// Nothing else branches on their names. Notation: see inputs.ts.
+// The table of preference losses: from name to a pure function of per-sequence log-probabilities, with the reward that goes
+// with it. What is known of a loss without computing is in facts.ts; nothing else branches on names. Notation: see inputs.ts.
 
 import { KeelgradError } from '../../errors.js';
 import {
@@ -28,6 +28,7 @@ import {
   meanLogProbs,
   type PairLogProbs,
   type PreferenceParameters,
+  type Reward,
   ratioMargin,
   rejectedRatio,
   scoreMargin,
@@ -42,7 +43,13 @@ interface LossDefinition {
   readonly value: (pairs: PairLogProbs, parameters: PreferenceParameters) => Tensor;
   /** `[B]` of labelled responses without pairs, of losses that are sums over single responses. */
   readonly response?: (responses: LabelledLogProbs, parameters: PreferenceParameters) => Tensor;
+  /** As TRL's trainers log it; β(log π - log π_ref) unless given. */
+  readonly reward?: (parameters: PreferenceParameters) => Reward;
 }
+
+const ratioReward = ({ beta }: PreferenceParameters): Reward => {
+  return (policy, reference) => beta * (policy - (reference ?? 0));
+};
 
 /** -log σ(z). */
 const logistic = (z: Tensor): Tensor => neg(logSigmoid(z));
@@ -77,6 +84,10 @@ export const preferenceLosses: Readonly<Record<PreferenceLossName, LossDefinitio
       const [chosen, rejected] = scores(p, q);
       return square(add(sub(div(chosen, p.chosenLengths), div(rejected, p.rejectedLengths)), -1 / (2 * q.beta)));
     },
+    reward:
+      ({ beta }) =>
+      (policy, reference, tokens) =>
+        beta * (reference === null ? policy / tokens : policy - reference),
   },
 
   /** (h_w - h_l - 1/(2β))². Azar et al. 2023, arXiv 2310.12036, Eq. 17. */
@@ -187,7 +198,13 @@ export const preferenceLosses: Readonly<Record<PreferenceLossName, LossDefinitio
   cal_dpo: { value: (p, { beta }) => add(logistic(ratioMargin(p)), calibration(p, beta)) },
 
   /** -log σ(β(s_w/n_w - s_l/n_l) - γ), smoothed by ε as in TRL. SimPO: Meng et al. 2024, arXiv 2405.14734. */
-  simpo: { value: (p, q) => targeted(meanLogProbs(p), q) },
+  simpo: {
+    value: (p, q) => targeted(meanLogProbs(p), q),
+    reward:
+      ({ beta }) =>
+      (policy, _, tokens) =>
+        beta * (policy / tokens),
+  },
 
   /** SimPO with (1 - exp(-αx))/α for each mean log-probability x. AlphaPO: Gupta et al. 2025, arXiv 2501.03884. */
   alphapo: {
@@ -195,10 +212,20 @@ export const preferenceLosses: Readonly<Record<PreferenceLossName, LossDefinitio
       const [chosen, rejected] = meanLogProbs(p);
       return targeted([alphaReward(chosen, q.alphapoAlpha), alphaReward(rejected, q.alphapoAlpha)], q);
     },
+    reward:
+      ({ beta, alphapoAlpha: a }) =>
+      (policy, _, tokens) =>
+        beta * (a === 0 ? policy / tokens : -Math.expm1(-a * (policy / tokens)) / a),
   },
 
   /** cdpo of z = β(s_w - s_l); the NLL term is preferenceLoss's. CPO: Xu et al. 2024, arXiv 2401.08417. */
-  cpo: { value: (p, q) => smoothed(mul(sub(p.chosen, p.rejected), q.beta), q.labelSmoothing) },
+  cpo: {
+    value: (p, q) => smoothed(mul(sub(p.chosen, p.rejected), q.beta), q.labelSmoothing),
+    reward:
+      ({ beta }) =>
+      (policy) =>
+        beta * policy,
+  },
 
   /**
    * -λ log σ(log odds_w - log odds_l), odds of the mean log-probability; the NLL term is preferenceLoss's. ORPO: Hong et al.
@@ -209,6 +236,10 @@ export const preferenceLosses: Readonly<Record<PreferenceLossName, LossDefinitio
       const [chosen, rejected] = meanLogProbs(p);
       return mul(logistic(sub(logOdds(chosen), logOdds(rejected))), orpoLambda);
     },
+    reward:
+      ({ orpoLambda }) =>
+      (policy, _, tokens) =>
+        orpoLambda * (policy / tokens),
   },
 
   /**
@@ -220,6 +251,10 @@ export const preferenceLosses: Readonly<Record<PreferenceLossName, LossDefinitio
       const [chosen, rejected] = slicLengthNormalize ? meanLogProbs(p) : [p.chosen, p.rejected];
       return sub(relu(add(sub(rejected, chosen), slicDelta)), mul(chosen, slicLambda));
     },
+    reward:
+      ({ slicLengthNormalize }) =>
+      (policy, _, tokens) =>
+        slicLengthNormalize ? policy / tokens : policy,
   },
 
   /** Minus the mean log-probability of all chosen tokens of the batch: one number, no reference. */
@@ -264,6 +299,10 @@ export const preferenceLosses: Readonly<Record<PreferenceLossName, LossDefinitio
     },
   },
 };
+
+/** The reward that goes with a loss. */
+export const rewardOf = (name: PreferenceLossName, parameters: PreferenceParameters): Reward =>
+  (preferenceLosses[name].reward ?? ratioReward)(parameters);
 
 /** (h_w - 1/(2β))² + (h_l + 1/(2β))². */
 const calibration = (p: PairLogProbs, beta: number): Tensor =>

@@ -1,6 +1,6 @@
 // Combinations of losses and their settings that make no sense, each with its reason: for library calls and options alike.
 // Must stay free of tensors: options are checked before anything heavy is loaded.
-import { isBatchMean, type LossFacts, lossFacts, type PreferenceLossName, unpairedLosses } from './facts.js';
+import { type LossFacts, lossFacts, type PreferenceLossName, unpairedLosses } from './facts.js';
 
 /** What a combination consists of. */
 export interface LossContext {
@@ -35,22 +35,23 @@ const conflicts: readonly Conflict[] = [
     const name = c.hasReference ? undefined : first(c, (facts) => facts.needsReference);
     return name && `${name} needs a reference: ${lossFacts[name].needsReference}; ${c.referenceRemedy}`;
   },
-  (c, n) =>
-    c.names.includes('exo_pair') && c.labelSmoothing === 0
-      ? `exo_pair needs a label smoothing above 0: it takes its logarithm; the paper's is ${n.setting('labelSmoothing', 0.001)}`
-      : undefined,
   (c, n) => {
-    const name = usesDivergence(c) ? first(c, (f) => !f.divergence && !isBatchMean(f)) : undefined;
+    const name = c.labelSmoothing === 0 ? first(c, (facts) => facts.usualSmoothing) : undefined;
+    const usual = name && n.setting('labelSmoothing', lossFacts[name].usualSmoothing!);
+    return name && `${name} needs a label smoothing above 0: it takes its logarithm; the paper's is ${usual}`;
+  },
+  (c, n) => {
+    const name = usesDivergence(c) ? first(c, (f) => !f.divergence && !f.isNll) : undefined;
     return name && `${name} has no f-divergence; leave out ${n.option('fDivergenceType')}`;
   },
   (c, n) =>
     usesDivergence(c) && !c.hasReference
       ? `an f-divergence is one from the reference, and there is none; leave out ${n.option('fDivergenceType')}`
       : undefined,
-  (c, n) =>
-    c.nllWeight > 0 && c.names.includes('sft')
-      ? `sft is the NLL of the chosen responses already; leave out ${n.option('nllWeight')}, or sft`
-      : undefined,
+  (c, n) => {
+    const name = c.nllWeight > 0 ? first(c, (facts) => facts.isNll) : undefined;
+    return name && `${name} is the NLL of the chosen responses already; leave out ${n.option('nllWeight')}, or ${name}`;
+  },
   (c) => {
     const name = c.weighted ? first(c, (facts) => facts.notPerPair) : undefined;
     return name && `weights of pairs have no meaning for ${name}: ${lossFacts[name].notPerPair}`;
