@@ -4,7 +4,12 @@ import { add, exp, mul, square, sub } from '../../src/ops/elementwise.js';
 import { reshape } from '../../src/ops/movement.js';
 import { matmul } from '../../src/ops/product.js';
 import { sum } from '../../src/ops/reduce.js';
-import { BilevelOptimizer, type BilevelOptions, type BilevelProblem } from '../../src/optim/bilevel/bilevel.js';
+import {
+  BilevelOptimizer,
+  type BilevelOptions,
+  type BilevelProblem,
+  type BilevelTerm,
+} from '../../src/optim/bilevel/bilevel.js';
 import { descend } from '../../src/optim/bilevel/lower-level.js';
 import { penaltySchedule } from '../../src/optim/bilevel/penalty-schedule.js';
 import { detachFromScope, scope } from '../../src/tensor/scope.js';
@@ -360,17 +365,19 @@ describe('solvers of the lower level', () => {
 });
 
 describe('bad input', () => {
-  const make = (change: Partial<BilevelOptions>) => () =>
-    scope(() => {
-      const options = {
-        penalty: 1,
-        lowerLevel: { steps: 1, learningRate: 0.1 },
-        learningRates: { lower: 0.1, upper: 0.1 },
-        ...change,
-      };
-      using optimizer = new BilevelOptimizer(quadratic(vector([0, 0]), vector([0, 0])), options);
-      optimizer.step();
-    });
+  const make =
+    (change: Partial<BilevelOptions>, terms: BilevelProblem['terms'] = []) =>
+    () =>
+      scope(() => {
+        const options = {
+          penalty: 1,
+          lowerLevel: { steps: 1, learningRate: 0.1 },
+          learningRates: { lower: 0.1, upper: 0.1 },
+          ...change,
+        };
+        using optimizer = new BilevelOptimizer({ ...quadratic(vector([0, 0]), vector([0, 0])), terms }, options);
+        optimizer.step();
+      });
   it.each([
     [{ penalty: -1 }, /penalty \(lambda\): expected a number of at least 0, found -1/],
     [
@@ -384,6 +391,18 @@ describe('bad input', () => {
     [{ learningRates: { lower: -1, upper: 0 } }, /lower learning rate: expected at least 0, found -1/],
   ] as [Partial<BilevelOptions>, RegExp][])('%j', (change, message) => {
     expect(make(change)).toThrow(message);
+  });
+
+  it.each([-0.5, Number.NaN, Number.POSITIVE_INFINITY])('a term of weight %f', (weight) => {
+    const term = (w: number): BilevelTerm => ({
+      name: 'size',
+      weight: w,
+      value: ({ lower }) => half(lower.get('theta')!),
+    });
+    expect(make({}, [term(1), term(weight)])).toThrow(
+      `weight of the term size: expected a number of at least 0, found ${weight}`,
+    );
+    expect(make({}, [term(1), term(0)])).not.toThrow();
   });
 
   it('an empty group', () => {

@@ -23,7 +23,7 @@ export type Variables = ReadonlyMap<string, Tensor>;
 /** A scalar function of both levels. */
 export type BilevelFunction = (variables: { lower: Variables; upper: Variables }) => Tensor;
 
-/** A further term of F, as SPO's regularizer: `weight · value(θ, φ)`. */
+/** A further term of F, as SPO's regularizer: `weight · value(θ, φ)`, the weight at least 0. */
 export interface BilevelTerm {
   readonly name: string;
   readonly weight: number;
@@ -77,7 +77,7 @@ export class BilevelOptimizer {
   private readonly warm = new WarmStart();
   private count = 0;
 
-  /** @throws KeelgradError for empty groups, weights below 0, and a lower level that makes no sense */
+  /** @throws KeelgradError for empty groups, rates or weights below 0, and a lower level that makes no sense */
   constructor(problem: BilevelProblem, options: BilevelOptions) {
     checkLowerLevel(options.lowerLevel);
     for (const group of ['lower', 'upper'] as const) {
@@ -85,6 +85,9 @@ export class BilevelOptimizer {
       const rate = options.learningRates[group];
       if (!(rate >= 0)) throw new KeelgradError(`${group} learning rate: expected at least 0, found ${rate}`);
     }
+    for (const { name, weight } of problem.terms ?? [])
+      if (!(weight >= 0 && Number.isFinite(weight)))
+        throw new KeelgradError(`weight of the term ${name}: expected a number of at least 0, found ${weight}`);
     this.problem = problem;
     this.options = options;
     this.gradients = { lower: new GradientBuffers(problem.lower), upper: new GradientBuffers(problem.upper) };
