@@ -1,6 +1,7 @@
 // What the demo trains with, and where its model and data lie. Numbers only; the reasons stand beside them.
 import { join } from 'node:path';
 import { packageRoot } from '../package-root.js';
+import { spoPresets } from '../train/presets.js';
 
 /** The committed model and data, beside dist/ in the package and beside src/ in a checkout. */
 export const assetsFolder = join(packageRoot(), 'assets', 'demo');
@@ -10,8 +11,9 @@ export const assets = {
   heldOut: join(assetsFolder, 'pairs_heldout.jsonl'),
 };
 
+const { beta, lambda, lowerSteps, learningRate, lowerLearningRate } = spoPresets.paper;
 /** The paper's settings for GSM8K with models of 0.5 B parameters (its table 1). */
-export const paper = { beta: 0.5, lambda: 1, lowerSteps: 1, learningRate: 1e-5, lowerLearningRate: 2e-5 } as const;
+export const paper = { beta, lambda, lowerSteps, learningRate, lowerLearningRate } as const;
 
 export interface DemoSettings {
   steps: number;

@@ -11,6 +11,9 @@ import { cast, onesLike } from '../ops/movement.js';
 import { sumOfSquares } from '../optim/clip.js';
 import { scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
+import type { RegularizerMethod } from './regularizer-methods.js';
+
+export type { RegularizerMethod } from './regularizer-methods.js';
 
 /** log π(y|x) of sequence i as a function of all variables, in the order of the variables. A scalar. */
 export type SequenceFunction = (variables: readonly Tensor[], sequence: number) => Tensor;
@@ -140,10 +143,10 @@ function gradientsOf(
   return chosen.map((c) => (c ? gradients[at++] : null));
 }
 
-export type RegularizerMethod = 'exact' | 'finite-differences';
-export const regularizerMethods: readonly RegularizerMethod[] = ['exact', 'finite-differences'];
-
-const derivatives = { exact: addNormGradient, 'finite-differences': addNormGradientByDifferences } as const;
+const derivatives = {
+  exact: addNormGradient,
+  'finite-differences': addNormGradientByDifferences,
+} as const satisfies Record<RegularizerMethod, unknown>;
 
 export interface RegularizerValue {
   /** Mean over pairs of max(0, ‖g_w‖ - ‖g_l‖). */

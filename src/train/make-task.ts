@@ -78,7 +78,7 @@ async function pairedTask(inputs: TaskInputs<Preference>): Promise<MakeTask> {
   if (someLoss(options, (facts) => facts.needsOffsets)) requireOffsets(examples, visited);
   const reference = await referenceLogProbs(model, examples, referenceOptions(inputs));
   if (options.method === 'dpo') return (trainable) => new DpoTask(trainable, examples, reference, options);
-  for (const text of spoNotices(model, examples, options)) hooks.onMessage?.(text);
+  for (const text of spoNotices(model, options)) hooks.onMessage?.(text);
   return (trainable, masters) => new SpoTask(trainable, examples, reference, options, masters);
 }
 

@@ -5,7 +5,7 @@ import type { SpoOptions } from './options.js';
 import { isFirstOrder } from './spo-rules.js';
 
 /** Lines to print before SPO trains. */
-export function spoNotices(model: CausalLM, _examples: readonly unknown[], options: SpoOptions): string[] {
+export function spoNotices(model: CausalLM, options: SpoOptions): string[] {
   const { lambda, lowerSteps, penaltyForm } = options;
   if (lambda === 0 || penaltyForm !== 'auto' || !isFirstOrder({ dtype: model.dtype, lowerSteps })) return [];
   return [

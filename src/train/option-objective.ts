@@ -1,6 +1,10 @@
 // Options on what is trained and on SPO's levels: rows of the option table. Data only.
+import { regularizerMethods } from '../objectives/regularizer-methods.js';
+import { lowerSolvers } from '../optim/bilevel/lower-solvers.js';
+import { penaltyScheduleNames } from '../optim/bilevel/penalty-schedule.js';
 import { followMethods, groups, type OptionSpec, spoMethods } from './option-spec.js';
 import { presetHelp, spoPresetNames } from './presets.js';
+import { penaltyForms } from './spo-rules.js';
 
 export const objectiveOptions = {
   train: {
@@ -66,7 +70,7 @@ export const spoOptions = {
     methods: ['spo'],
     group: groups.objective,
     placeholder: 'NAME',
-    choices: ['constant', 'linear', 'cosine'],
+    choices: penaltyScheduleNames,
     default: 'constant',
     alsoCalled: ['penalty-schedule'],
     help: 'course of lambda: constant, or from 0 to --lambda along a linear or cosine ramp',
@@ -85,7 +89,7 @@ export const spoOptions = {
     methods: spoMethods,
     group: groups.objective,
     placeholder: 'NAME',
-    choices: ['auto', 'difference', 'first-order'],
+    choices: penaltyForms,
     default: 'auto',
     help: "the penalty's gradient for adapters (term b): difference of the gradients at both ends of the lower level, its first-order form, which rounding does not drown, or auto (first-order with bfloat16)",
   },
@@ -119,7 +123,7 @@ export const spoOptions = {
     methods: spoMethods,
     group: groups.objective,
     placeholder: 'NAME',
-    choices: ['exact', 'finite-differences'],
+    choices: regularizerMethods,
     default: 'exact',
     help: "the regularizer's gradient: exact, or finite-differences (slow; not with bfloat16)",
   },
@@ -146,7 +150,7 @@ export const spoOptions = {
     methods: spoMethods,
     group: groups.objective,
     placeholder: 'NAME',
-    choices: ['gradient', 'momentum', 'adam'],
+    choices: lowerSolvers,
     default: 'gradient',
     alsoCalled: ['lower-optimizer'],
     help: 'steps of the lower level: gradient, momentum or adam, whose state is fresh in every step',

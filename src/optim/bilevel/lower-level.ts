@@ -7,10 +7,9 @@ import { detachFromScope, scope } from '../../tensor/scope.js';
 import { withTag } from '../../tensor/storage.js';
 import type { Tensor } from '../../tensor/tensor.js';
 import { Optimizer, type OptimizerOptions } from '../optimizer.js';
+import { type LowerSolver, lowerSolvers } from './lower-solvers.js';
 
-/** How the lower level steps: plain gradient descent has no state; momentum and Adam cost theirs while the level runs. */
-export type LowerSolver = 'gradient' | 'momentum' | 'adam';
-export const lowerSolvers: readonly LowerSolver[] = ['gradient', 'momentum', 'adam'];
+export type { LowerSolver } from './lower-solvers.js';
 
 export interface LowerLevelOptions {
   /** K; 0 returns the starting point itself. */
