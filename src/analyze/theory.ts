@@ -112,11 +112,13 @@ export function corollary2(parts: {
   const probabilityDifference = w * (squaredChosen - inner) - l * (inner - squaredRejected);
   const claimedBound = w * squaredChosen - 2 * Math.sqrt(w * l) * inner + l * squaredRejected;
   const slack = 1e-9 * (w * squaredChosen + l * squaredRejected);
+  const acute = inner > 1e-9 * Math.sqrt(squaredChosen * squaredRejected);
   return {
     logDifference: squaredChosen - 2 * inner + squaredRejected,
     probabilityDifference,
     claimedBound,
-    boundHolds: probabilityDifference >= claimedBound - slack,
+    // The difference less the bound is -(√π_w - √π_l)² ⟨g_w, g_l⟩: its sign, whatever its size.
+    boundHolds: !acute || w === l,
     differenceNegative: probabilityDifference < -slack,
   };
 }

@@ -3,13 +3,16 @@ import { expect, it } from 'vitest';
 import {
   dpoStepFlow,
   enumerateOutputs,
+  firstOrderFlow,
   flowStatistics,
   gramOf,
+  type MassFlow,
   massFlow,
   outputGradients,
   outputLogProbs,
 } from '../../src/analyze/enumerable.js';
-import { analyzeTheory, corollary2 } from '../../src/analyze/theory.js';
+import { displaced, logProbsOf, SequenceGradient } from '../../src/analyze/sequences.js';
+import { analyzeTheory, corollary1, corollary2 } from '../../src/analyze/theory.js';
 import { loadModel } from '../../src/io/model-folder.js';
 import { describeWithShared, readSharedJson, sharedPath } from '../shared.js';
 
@@ -50,6 +53,7 @@ describeWithShared('theory.json', 'golden/spo/qwen2/theory.json', () => {
       expectClose(result.normChosen, triple.norm_g_w, 1e-9);
       expectClose(result.normRejected, triple.norm_g_l, 1e-9);
       expectClose(result.inner, triple.inner_g_w_g_l, 1e-9, 1e-8);
+      expectClose(result.corollary2.logDifference, triple.norm_diff_sq, 1e-9);
       expectClose(result.corollary2.logDifference * result.weight, triple.corollary2_log_per_eta, 1e-9);
       expectClose(result.corollary1.lowerChosen, triple.corollary1_per_eta.lower_bound_dlogp_w, 1e-8);
       expectClose(result.corollary1.upperRejected, triple.corollary1_per_eta.upper_bound_dlogp_l, 1e-8);
@@ -59,8 +63,25 @@ describeWithShared('theory.json', 'golden/spo/qwen2/theory.json', () => {
         expectClose(change.innerRejected, triple.inner_with_g_l[k], 1e-8, 1e-8);
         expectClose(change.predictedPerStepSize, triple.predicted_dlogp_per_eta[k], 1e-8, 1e-8);
         change.measured.forEach((value, e) => {
-          expectClose(value, triple.steps[e].dlogp[k], 1e-7, 1e-11);
+          const { eta, dlogp, error, error_over_eta_squared } = triple.steps[e];
+          expectClose(value, dlogp[k], 1e-7, 1e-11);
+          // What is left of Δlog π, of numbers up to 50: their rounding.
+          expectClose(change.error[e], error[k], 1e-7, 1e-13);
+          expectClose(change.error[e] / eta ** 2, error_over_eta_squared[k], 1e-7, 1e-13 / eta ** 2);
         });
+        change.order.forEach((order, e) => {
+          const ratio = (etas[e] / etas[e + 1]) ** order;
+          const noise = 2e-13 / Math.abs(triple.steps[e + 1].error[k]);
+          expectClose(ratio, Math.abs(triple.error_ratios_between_steps[e][k]), 1e-6 + noise);
+        });
+      }
+      const [w, l] = result.sequences;
+      for (const [e, { eta, dlogp_w_minus_dlogp_l, corollary1_bounds_hold }] of triple.steps.entries()) {
+        expectClose(w.measured[e] - l.measured[e], dlogp_w_minus_dlogp_l, 1e-9, 1e-12);
+        const { lowerChosen, upperRejected } = result.corollary1;
+        expect([w.measured[e] / eta >= lowerChosen, l.measured[e] / eta <= upperRejected]).toEqual(
+          corollary1_bounds_hold,
+        );
       }
       const order = result.sequences.map((s) => s.order[1]).sort((a, b) => a - b);
       expect(order[Math.floor(order.length / 2)]).toBeCloseTo(2, 1);
@@ -68,7 +89,59 @@ describeWithShared('theory.json', 'golden/spo/qwen2/theory.json', () => {
   });
 });
 
+interface MeasuredStep {
+  readonly eta: number;
+  readonly pi_after: readonly number[];
+  readonly dpi_w_minus_dpi_l: number;
+  readonly dlogpi_w_minus_dlogpi_l: number;
+}
+
 describeWithShared('corollary2.json', 'golden/spo/corollary2.json', () => {
+  it('the flow to first order, and how measured steps near it', () => {
+    for (const { pi, g_w, g_l, g_other, beta, s, per_eta, steps } of read('corollary2.json').rows) {
+      const logProbs = pi.map(Math.log);
+      const rows = [g_w, g_l, g_other].map((g: number[]) => Float64Array.from(g));
+      // Eq. of the scores: Σ π g = 0.
+      for (const i of [0, 1]) expect(Math.abs(rows.reduce((t, g, y) => t + pi[y] * g[i], 0))).toBeLessThan(1e-15);
+      const weight = beta / (1 + Math.exp(s));
+      const flow = firstOrderFlow(logProbs, gramOf(rows), 0, 1);
+      flow.change.forEach((c, y) => {
+        expectClose(weight * c, per_eta.dpi[y], 1e-12, 1e-15);
+      });
+      const square = (g: Float64Array): number => gramOf([g])[0][0];
+      const { logDifference } = corollary2({
+        squaredChosen: square(rows[0]),
+        squaredRejected: square(rows[1]),
+        inner: gramOf(rows)[0][1],
+        logProbChosen: logProbs[0],
+        logProbRejected: logProbs[1],
+      });
+      expectClose(weight * logDifference, per_eta.dlogpi_w_minus_dlogpi_l, 1e-12);
+      const errors = steps.map((step: MeasuredStep) => {
+        const { eta, pi_after, dpi_w_minus_dpi_l, dlogpi_w_minus_dlogpi_l } = step;
+        // A step along the gradient of the pair, and the model at its end.
+        const unnormalized = rows.map((g, y) =>
+          Math.exp(logProbs[y] + eta * weight * g.reduce((t, x, i) => t + x * (rows[0][i] - rows[1][i]), 0)),
+        );
+        const sum = unnormalized.reduce((a, b) => a + b);
+        pi_after.forEach((p, y) => {
+          expectClose(unnormalized[y] / sum, p, 1e-14);
+        });
+        const measured = massFlow(
+          logProbs,
+          pi_after.map((p, y) => p - pi[y]),
+          0,
+          1,
+        );
+        expectClose(measured.change[0] - measured.change[1], dpi_w_minus_dpi_l, 1e-9, 1e-16);
+        expectClose(dlogpi_w_minus_dlogpi_l / eta, weight * logDifference, 1e-2);
+        return Math.abs(dpi_w_minus_dpi_l / eta - per_eta.dpi_w_minus_dpi_l);
+      });
+      // From η = 0.01 to 0.0001: of first order in η.
+      expect(errors[1]).toBeLessThan(errors[0] / 50 + 1e-10);
+    }
+  });
+
   it('finds where the probability form fails', () => {
     for (const row of read('corollary2.json').rows) {
       const [w, l] = row.pi;
@@ -89,9 +162,20 @@ describeWithShared('corollary2.json', 'golden/spo/corollary2.json', () => {
   });
 });
 
-// The recording's PyTorch gives the padding id, 0, no lookup gradient (nn.Embedding's padding_idx). Ours is the derivative,
-// so pairs that read a 0 are compared with that row taken out, or left out.
+// The recording's PyTorch gives the padding id, 0, no lookup gradient (nn.Embedding's padding_idx). Ours is the derivative:
+// gradients are compared with that row of the embedding taken out.
 const readsPadding = (output: Int32Array): boolean => output.subarray(0, -1).includes(0);
+
+type Toy = Awaited<ReturnType<typeof loadToy>>;
+
+/** ∇ log π without the row of the padding id. */
+function withoutPadding(model: Toy, promptIds: Int32Array, responseIds: Int32Array): SequenceGradient {
+  const g = SequenceGradient.of(model, { promptIds, responseIds }, ['backbone']);
+  expect([...model.backbone.keys()][0]).toBe('model.embed_tokens.weight');
+  const values = g.tensors[0].dataSync() as Float64Array;
+  g.tensors[0].write(Float64Array.from(values).fill(0, 0, model.config.hiddenSize));
+  return g;
+}
 
 for (const name of ['flat', 'peaked'])
   describeWithShared(`enumerable/${name}`, `golden/spo/enumerable/${name}/theorem2.json`, () => {
@@ -115,31 +199,92 @@ for (const name of ['flat', 'peaked'])
     it('one DPO step: the flow of probability to every output', async () => {
       using model = await loadToy(name);
       for (const triple of recorded.triples) {
-        const { y_w: chosen, y_l: rejected, y_star: star } = triple.index;
-        if (readsPadding(outputs[chosen]) || readsPadding(outputs[rejected])) continue;
-        const flow = await dpoStepFlow(
-          model,
-          prompt,
-          outputs,
-          { chosen, rejected, refChosenLogp: triple.ref_chosen_logps, refRejectedLogp: triple.ref_rejected_logps },
-          { beta: recorded.beta, stepSize: recorded.eta },
-        );
-        expect(flow.star).toBe(star);
-        flow.change.forEach((value, k) => {
-          expectClose(value, Math.exp(triple.logp_after[k]) - Math.exp(recorded.logp_before[k]), 1e-7, 1e-12);
+        const { y_w: w, y_l: l, y_star: star } = triple.index;
+        using chosen = withoutPadding(model, prompt, outputs[w]);
+        using rejected = withoutPadding(model, prompt, outputs[l]);
+        const [squaredChosen, squaredRejected, inner] = [
+          await chosen.squaredNorm(),
+          await rejected.squaredNorm(),
+          await chosen.dot(rejected),
+        ];
+        expectClose(Math.sqrt(squaredChosen), triple.norm_g.y_w, 1e-10);
+        expectClose(Math.sqrt(squaredRejected), triple.norm_g.y_l, 1e-10);
+        expectClose(inner, triple.inner, 1e-10, 1e-10);
+        const before: number[] = recorded.logp_before;
+        const { ref_chosen_logps: refChosenLogp, ref_rejected_logps: refRejectedLogp } = triple;
+        const s = recorded.beta * (before[w] - refChosenLogp - (before[l] - refRejectedLogp));
+        expectClose(s, triple.s, 1e-10, 1e-12);
+        expectClose(Math.log1p(Math.exp(-s)), triple.L_DPO, 1e-10);
+        const step = (recorded.eta * recorded.beta) / (1 + Math.exp(s));
+        const moves = [
+          { step, along: chosen },
+          { step: -step, along: rejected },
+        ];
+        const sequences = outputs.map((responseIds) => ({ promptIds: prompt, responseIds }));
+        const after = await displaced(model, ['backbone'], moves, (moved) => logProbsOf(model, moved, sequences));
+        const change = after.map((value, k) => Math.exp(value) - Math.exp(before[k]));
+        expectFlow(massFlow(before, change, w, l), triple);
+        const firstOrder = outputs.map((_, k) => k).filter((k) => [w, l, star].includes(k));
+        const errors: number[] = [];
+        for (const [k, output] of outputs.entries()) {
+          using g = withoutPadding(model, prompt, output);
+          const predicted = step * Math.exp(before[k]) * ((await g.dot(chosen)) - (await g.dot(rejected)));
+          errors.push(Math.abs(predicted - change[k]));
+          const which = k === w ? 'y_w' : k === l ? 'y_l' : 'y_star';
+          if (firstOrder.includes(k)) expectClose(predicted, triple.dp_first_order[which], 1e-9, 1e-13);
+        }
+        expectClose(Math.max(...errors), triple.max_abs_error_of_first_order, 1e-7, 1e-12);
+        const { dp_w_minus_dp_l, claimed_lower_bound, probability_form_holds, dlogp_w_minus_dlogp_l, log_form } =
+          triple.corollary2;
+        const found = corollary2({
+          squaredChosen,
+          squaredRejected,
+          inner,
+          logProbChosen: before[w],
+          logProbRejected: before[l],
         });
-        expectClose(flow.moved, triple.gained_mass, 1e-8);
-        expectClose(flow.shareToStar, triple.share_to_y_star, 1e-7);
-        expectClose(flow.shareToChosen, triple.share_to_y_w, 1e-7);
-        expect([...outputs[flow.largestGainer]]).toEqual(triple.gains_most);
-        expectClose(
-          flow.change.reduce((a, b) => a + b, 0),
-          0,
-          0,
-          1e-12,
-        );
+        expectClose(change[w] - change[l], dp_w_minus_dp_l, 1e-8, 1e-12);
+        expectClose(after[w] - before[w] - (after[l] - before[l]), dlogp_w_minus_dlogp_l, 1e-8, 1e-12);
+        expectClose(step * found.logDifference, log_form, 1e-9);
+        const unit = step * Math.exp(Math.max(before[w], before[l]));
+        expectClose(unit * found.claimedBound, claimed_lower_bound, 1e-9);
+        expect(found.boundHolds).toBe(probability_form_holds);
+        if (readsPadding(outputs[w]) || readsPadding(outputs[l])) continue;
+        const pair = { chosen: w, rejected: l, refChosenLogp, refRejectedLogp };
+        const options = { beta: recorded.beta, stepSize: recorded.eta };
+        expectFlow(await dpoStepFlow(model, prompt, outputs, pair, options), triple);
       }
     });
+
+    // biome-ignore lint/suspicious/noExplicitAny: a recorded triple
+    function expectFlow(flow: MassFlow, triple: any): void {
+      const { y_w: w, y_l: l, y_star: star } = triple.index;
+      expect(flow.star).toBe(star);
+      expect(flow.case).toBe(['case 1', 'case 2', 'both rise'][triple.case - 1]);
+      flow.change.forEach((value, k) => {
+        expectClose(value, Math.exp(triple.logp_after[k]) - Math.exp(recorded.logp_before[k]), 1e-7, 1e-12);
+      });
+      for (const [key, k] of [
+        ['y_w', w],
+        ['y_l', l],
+        ['y_star', star],
+      ] as const)
+        expectClose(flow.change[k], triple.dp[key], 1e-8, 1e-12);
+      expectClose(Math.max(...flow.change.map(Math.abs)), triple.max_abs_dp, 1e-8);
+      expectClose(flow.moved, triple.gained_mass, 1e-8);
+      expectClose(flow.shareToStar, triple.share_to_y_star, 1e-7);
+      expectClose(flow.shareToChosen, triple.share_to_y_w, 1e-7);
+      const toRejected = Math.max(0, flow.change[l]) / flow.moved;
+      const toOthers = 1 - flow.shareToStar - flow.shareToChosen - toRejected;
+      expectClose(toOthers, triple.share_to_all_others, 1e-7, 1e-10);
+      expect([...outputs[flow.largestGainer]]).toEqual(triple.gains_most);
+      expectClose(
+        flow.change.reduce((a, b) => a + b, 0),
+        0,
+        0,
+        1e-12,
+      );
+    }
 
     it('first-order flows of all pairs, by case', async () => {
       using model = await loadToy(name);
@@ -162,7 +307,39 @@ for (const name of ['flat', 'peaked'])
         expectClose(found.meanShareToStar, theirs[key].mean_share_of_gained_mass_to_y_star, 1e-8);
         expectClose(found.meanShareToChosen, theirs[key].mean_share_of_gained_mass_to_y_w, 1e-8);
       }
+      expectSigns(logProbs, gramOf(rows), theirs);
     });
+
+    /** Of all ordered pairs: what Corollaries 1 and 2 promise of them, counted. */
+    function expectSigns(logProbs: number[], gram: Float64Array[], theirs: Record<string, number>): void {
+      const counts = { pairs: 0, rising: 0, longer: 0, positive: 0, negative: 0, violated: 0, without: 0 };
+      for (let w = 0; w < logProbs.length; w++)
+        for (let l = 0; l < logProbs.length; l++) {
+          if (w === l) continue;
+          const [squaredChosen, squaredRejected, inner] = [gram[w][w], gram[l][l], gram[w][l]];
+          const parts = { squaredChosen, squaredRejected, inner };
+          const result = corollary2({ ...parts, logProbChosen: logProbs[w], logProbRejected: logProbs[l] });
+          const { promises } = corollary1(1, Math.sqrt(squaredChosen), Math.sqrt(squaredRejected));
+          const falls = squaredChosen < inner;
+          counts.pairs++;
+          counts.rising += Number(falls && inner > squaredRejected);
+          counts.longer += Number(falls && promises !== 'rejected falls');
+          counts.positive += Number(inner > 0);
+          counts.negative += Number(result.differenceNegative);
+          counts.violated += Number(!result.boundHolds);
+          counts.without += Number(!result.boundHolds && inner <= 0);
+        }
+      expect(counts).toEqual({
+        pairs: theirs.ordered_pairs,
+        rising: theirs.case1_with_y_l_rising,
+        longer: theirs.case1_with_norm_g_w_at_least_norm_g_l,
+        positive: theirs.inner_product_positive,
+        negative: theirs.corollary2_probability_form_difference_negative,
+        violated: theirs.corollary2_probability_form_bound_violated,
+        without: theirs.corollary2_bound_violated_with_nonpositive_inner_product,
+      });
+      expectClose(Math.exp(Math.max(...logProbs)), theirs.top_probability, 1e-12);
+    }
   });
 
 it('a flow without movement has no shares', () => {
