@@ -1,5 +1,6 @@
 // Gradients of all sequences of a batch from one backward pass, against the recordings and against one sequence at a time.
 import { describe, expect, it } from 'vitest';
+import { SequenceGradient } from '../../src/analyze/sequences.js';
 import type { SequenceParameter } from '../../src/autograd/sequence-sinks.js';
 import { AccumulatingSink } from '../../src/autograd/sinks.js';
 import { packPairs, uploadBatch } from '../../src/data/packing.js';
@@ -34,9 +35,24 @@ import {
 const overs = { all: ['backbone', 'adapters'], adapters: ['adapters'], backbone: ['backbone'] } as const;
 type Over = keyof typeof overs;
 
+interface Wanted {
+  readonly coefficients?: number[][];
+  /** The first pair. */
+  readonly from?: number;
+  /** Squares of each parameter apart, in place of those by group. */
+  readonly byTensor?: boolean;
+  /** The inner product of the two sequences of one pair. */
+  readonly inner?: boolean;
+}
+
 /** A recorded pass over the first pairs of batch 0, and buffers for gradients of norms. */
-function record(model: CausalLM, name: ModelName, count: number, coefficients?: number[][]) {
-  const examples = examplesOf(name).slice(0, count);
+function record(
+  model: CausalLM,
+  name: ModelName,
+  count: number,
+  { coefficients, from = 0, byTensor = false, inner = false }: Wanted = {},
+) {
+  const examples = examplesOf(name).slice(from, from + count);
   const variables = tensorsOf(model.parameters, both);
   const buffers = variables.map((t) => zerosLike(t));
   const first = variables.map((t) => zerosLike(t));
@@ -46,11 +62,11 @@ function record(model: CausalLM, name: ModelName, count: number, coefficients?: 
   const dtype = accumulationDType(model.dtype);
   const recorded = scope(() => {
     const tensors = uploadBatch(packed, model.device, dtype);
-    const streams = streamsOf(packed, 'pairs', tensors);
+    const streams = streamsOf(packed, 'pairs', tensors, inner);
     const parameters = names.map(
       (key, i): SequenceParameter => ({
         name: key,
-        group: i < model.backbone.size ? 'backbone' : 'adapters',
+        group: byTensor ? key : i < model.backbone.size ? 'backbone' : 'adapters',
         first: coefficients ? first[i] : null,
         second: coefficients ? second[i] : null,
       }),
@@ -64,7 +80,7 @@ function record(model: CausalLM, name: ModelName, count: number, coefficients?: 
         const given = coefficients
           ? Tensor.from(Float64Array.from(coefficients.flat()), { shape: [2, 2 * count], dtype })
           : zeros([2, 2 * count], { dtype });
-        return new Map(both.map((group) => [group, given]));
+        return new Map((byTensor ? names : both).map((group) => [group, given]));
       },
       forward: (values: readonly Tensor[]) =>
         model.logProbs(replaceGroups(model.parameters, both, values), tensors.ids, packed.layout, tensors.targets),
@@ -83,10 +99,20 @@ function record(model: CausalLM, name: ModelName, count: number, coefficients?: 
 }
 
 const cases = modelNames.flatMap((name) => (['float64', 'float32'] as const).map((dtype) => ({ name, dtype })));
-const tolerances: Record<Precision, { norm: number; hvp: number; gradient: number }> = {
-  float64: { norm: 1e-11, hvp: 1e-10, gradient: 1e-11 },
-  float32: { norm: 1e-5, hvp: 1e-4, gradient: 1e-5 },
+const tolerances: Record<Precision, { logp: number; norm: number; hvp: number; gradient: number }> = {
+  float64: { logp: 1e-11, norm: 1e-11, hvp: 1e-10, gradient: 1e-11 },
+  float32: { logp: 1e-4, norm: 1e-5, hvp: 1e-4, gradient: 1e-5 },
 };
+
+/** log π and its gradient for each sequence of the first two pairs, one at a time: pair 0 chosen, rejected, pair 1. */
+const pairGradients = (model: CausalLM, name: ModelName) =>
+  examplesOf(name)
+    .slice(0, 2)
+    .flatMap((example) =>
+      (['chosen', 'rejected'] as const).map((half) =>
+        gradientOf(model, (p) => pairLogProbsOf(model, p, [example])[half].reshape([])),
+      ),
+    );
 
 const squaresOver = (recorded: RecordedGradients<never>, over: Over): number[] => {
   const parts = overs[over].map((group) => recorded.squaredNorms.get(group)!.dataSync());
@@ -109,6 +135,60 @@ describeWithShared('sequences of a shared prompt', GOLDEN_SPO, () => {
       dispose();
     });
 
+    it('log-probabilities, gradients, and squared norms by tensor', async () => {
+      using model = await openSpoModel(name, dtype);
+      const { recorded, names, dispose } = record(model, name, 2, { byTensor: true });
+      const { sequences } = readSpo(name, 'packed.json');
+      const found = pairGradients(model, name);
+      for (const [i, { logp, norm_sq, norm_sq_by_tensor }] of sequences.entries()) {
+        expect(Math.abs(found[i].value - logp)).toBeLessThan(tolerance.logp);
+        expect([...names].sort()).toEqual(Object.keys(norm_sq_by_tensor).sort());
+        for (const [key, square] of Object.entries(norm_sq_by_tensor as Record<string, number>)) {
+          const batched = recorded.squaredNorms.get(key)!.dataSync()[place[i]];
+          expect(Math.abs(batched - square) / norm_sq.all, key).toBeLessThan(tolerance.norm);
+          const alone = norm(new Map([[key, found[i].gradient.get(key)!]])) ** 2;
+          expect(Math.abs(alone - square) / norm_sq.all, key).toBeLessThan(tolerance.norm);
+        }
+      }
+      const g = await readTensors(spoFile(name, 'packed.safetensors'), 'seq0/g/');
+      expect(g.size).toBe(names.length);
+      for (const group of both)
+        expect(relativeError(groupPart(found[0].gradient, group), groupPart(g, group))).toBeLessThan(
+          tolerance.gradient,
+        );
+      dispose();
+    });
+
+    it('inner products of all sequences, and of the two of a pair from one pass', async () => {
+      using model = await openSpoModel(name, dtype);
+      const { gram, order } = readSpo(name, 'packed.json');
+      expect(order).toEqual(['pair 0 chosen', 'pair 0 rejected', 'pair 1 chosen', 'pair 1 rejected']);
+      const gradients = examplesOf(name)
+        .slice(0, 2)
+        .flatMap(({ promptIds, chosenIds, rejectedIds }) => [
+          { promptIds, responseIds: chosenIds },
+          { promptIds, responseIds: rejectedIds },
+        ]);
+      for (const over of Object.keys(overs) as Over[]) {
+        const expected: number[][] = gram[over];
+        const size = (i: number, j: number): number => Math.sqrt(expected[i][i] * expected[j][j]);
+        const found = gradients.map((sequence) => SequenceGradient.of(model, sequence, overs[over]));
+        for (const [i, row] of expected.entries())
+          for (const [j, value] of row.entries()) {
+            const inner = await found[i].dot(found[j]);
+            expect(Math.abs(inner - value) / size(i, j), `${over} ${i} ${j}`).toBeLessThan(tolerance.norm);
+          }
+        for (const g of found) g.dispose();
+        for (const pair of [0, 1]) {
+          const { recorded, dispose } = record(model, name, 1, { from: pair, inner: true });
+          const inner = overs[over].reduce((n, group) => n + recorded.innerProducts.get(group)!.dataSync()[0], 0);
+          const [w, l] = [2 * pair, 2 * pair + 1];
+          expect(Math.abs(inner - expected[w][l]) / size(w, l), `${over}, pair ${pair}`).toBeLessThan(tolerance.norm);
+          dispose();
+        }
+      }
+    });
+
     it.each((Object.keys(overs) as Over[]).flatMap((over) => [0, 1, 2, 3].map((i) => [over, i] as const)))(
       'H v over %s of sequence %i',
       async (over, i) => {
@@ -119,7 +199,7 @@ describeWithShared('sequences of a shared prompt', GOLDEN_SPO, () => {
         recorded.addSquareGradients(only, new Set(overs[over]));
         const found = onHost(names, buffers);
         const { hvp } = readSpo(name, 'packed.json').sequences[i];
-        const { norm_sq, norm_sq_by_tensor } = hvp[over];
+        const { norm_sq, norm_sq_by_tensor, v_dot_Hv } = hvp[over];
         const total = Math.sqrt(norm_sq.all);
         for (const group of both)
           expect(Math.abs(norm(groupPart(found, group)) / Math.sqrt(norm_sq[group]) - 1)).toBeLessThan(tolerance.hvp);
@@ -127,9 +207,14 @@ describeWithShared('sequences of a shared prompt', GOLDEN_SPO, () => {
           const error = Math.abs(norm(new Map([[key, found.get(key)!]])) - Math.sqrt(value));
           expect(error / total, key).toBeLessThan(tolerance.hvp);
         }
+        const g = pairGradients(model, name)[i].gradient;
+        const inSet = [...g].filter(([key]) => over === 'all' || groupPart(found, over).has(key));
+        const gHv = inSet.reduce((n, [key, v]) => n + v.reduce((m, x, k) => m + x * found.get(key)![k], 0), 0);
+        expect(Math.abs(gHv / norm(new Map(inSet)) - v_dot_Hv) / total).toBeLessThan(tolerance.hvp);
         if (i === 0 && over !== 'backbone') {
           const expected = await readTensors(spoFile(name, 'packed.safetensors'), `seq0/Hv_${over}/`);
-          if (expected.size > 0) expect(relativeError(found, expected)).toBeLessThan(tolerance.hvp);
+          expect(expected.size).toBe(names.length);
+          expect(relativeError(found, expected)).toBeLessThan(tolerance.hvp);
         }
         dispose();
       },
@@ -152,7 +237,7 @@ describeWithShared('sequences of a shared prompt', GOLDEN_SPO, () => {
               .add(rejected.mul(weights(c.slice(2))).sum());
           }).gradient,
       );
-      const { first, second, names, problem, dispose } = record(model, name, 2, coefficients);
+      const { first, second, names, problem, dispose } = record(model, name, 2, { coefficients });
       const check = (): void =>
         [first, second].forEach((buffers, i) => {
           const found: Tensors = onHost(names, buffers);

@@ -1,11 +1,14 @@
 // SPO's parts one by one against the recorded values: losses, norms, ∇R over each set of variables, the lower level.
 import { describe, expect, it } from 'vitest';
+import { valueAndGrad } from '../../src/autograd/transforms.js';
 import type { CausalLM } from '../../src/models/causal-lm.js';
 import type { ModelParameters } from '../../src/models/parameters.js';
 import {
   addRegularizer,
+  completeParameters,
   dpoLoss,
   margin,
+  preferenceLosses,
   regularizerValue,
   sftLoss,
   spoObjective,
@@ -79,19 +82,20 @@ describeWithShared('one evaluation', GOLDEN_SPO, () => {
 
     it('log-probabilities, s and losses', async () => {
       using model = await openSpoModel(name, dtype);
-      const { beta, chosen_logps, rejected_logps, s, dpo_per_pair, L_DPO, L_SFT } = golden();
+      const { beta, chosen_logps, rejected_logps, s, one_minus_sigma_s, dpo_per_pair, L_DPO, L_SFT } = golden();
       scope(() => {
         const pairs = pairLogProbsOf(model, model.parameters, examplesOf(name));
         expect(maxDifference(pairs.chosen.dataSync(), chosen_logps)).toBeLessThan(tolerance.logps);
         expect(maxDifference(pairs.rejected.dataSync(), rejected_logps)).toBeLessThan(tolerance.logps);
         const found = [...margin(pairs, beta).dataSync()];
         expect(maxDifference(found, s)).toBeLessThan(tolerance.logps);
-        expect(
-          maxDifference(
-            found.map((x) => Math.log1p(Math.exp(-x))),
-            dpo_per_pair,
-          ),
-        ).toBeLessThan(tolerance.logps);
+        const losses = preferenceLosses.sigmoid.value(pairs, completeParameters({ beta }));
+        expect(maxDifference(losses.dataSync(), dpo_per_pair)).toBeLessThan(tolerance.logps);
+        // dL/dlog π(y_w) of a pair is -β(1 - σ(s)) by the number of pairs.
+        const dpo = (chosen: Tensor): Tensor => dpoLoss({ ...pairs, chosen }, { beta });
+        const [, [slopes]] = valueAndGrad(dpo)(pairs.chosen);
+        const weights = Array.from(slopes.dataSync(), (x) => (-x * s.length) / beta);
+        expect(maxDifference(weights, one_minus_sigma_s)).toBeLessThan(tolerance.logps);
         expect(Math.abs(dpoLoss(pairs, { beta }).item() - L_DPO)).toBeLessThan(tolerance.loss);
         for (const reduction of ['sum', 'token-mean'] as const) {
           const loss = sftLoss(pairs.chosen, { reduction, tokens: scoredTokens(name) }).item();
@@ -110,17 +114,29 @@ describeWithShared('one evaluation', GOLDEN_SPO, () => {
       const mean = gradientOf(model, sft(model, name, 'token-mean')).gradient;
       const whole = await recorded('L_SFT_token_mean');
       if (whole.size > 0) expectGradient(mean, whole, tolerance.gradient);
-      expect(Math.abs(norm(mean) / grad_norms.L_SFT_token_mean.total - 1)).toBeLessThan(tolerance.gradient);
+      for (const [piece, gradient] of Object.entries({
+        L_DPO: dpo.gradient,
+        L_SFT_sum: sum,
+        L_SFT_token_mean: mean,
+      })) {
+        const { total, theta, phi } = grad_norms[piece];
+        expect(Math.abs(norm(gradient) / total - 1), piece).toBeLessThan(tolerance.gradient);
+        expect(Math.abs(norm(groupPart(gradient, 'backbone')) / theta - 1), piece).toBeLessThan(tolerance.gradient);
+        expect(Math.abs(norm(groupPart(gradient, 'adapters')) / phi - 1), piece).toBeLessThan(tolerance.gradient);
+      }
     });
 
     it.each(norms)('norms over %s, R and its gradient for all variables', async (over) => {
       using model = await openSpoModel(name, dtype);
       const { geometry, grad_norms } = golden();
-      const { norm_g_w, norm_g_l, R, active } = geometry[over];
+      const { norm_g_w, norm_g_l, R, R_per_pair, active } = geometry[over];
       const { value, gradient } = await regularizer(model, name, over);
       value.chosenNorms.forEach((n, i) => {
         expect(Math.abs(n / norm_g_w[i] - 1)).toBeLessThan(tolerance.norm);
         expect(Math.abs(value.rejectedNorms[i] / norm_g_l[i] - 1)).toBeLessThan(tolerance.norm);
+        const alone = regularizerValue([n], [value.rejectedNorms[i]]);
+        expect(Math.abs(alone.value - R_per_pair[i])).toBeLessThan(2 * n * tolerance.norm);
+        expect(alone.activeFraction).toBe(Number(active[i]));
       });
       expect(Math.abs(value.value / R - 1)).toBeLessThan(10 * tolerance.norm);
       expect(value.activeFraction).toBe(active.filter(Boolean).length / active.length);
@@ -146,7 +162,9 @@ describeWithShared('one evaluation', GOLDEN_SPO, () => {
         for (const over of norms) {
           const part = (g: Tensors): Tensors => (over === 'all' ? g : groupPart(g, over));
           const inner = [...part(w)].reduce((n, [key, v]) => n + v.reduce((m, x, k) => m + x * l.get(key)![k], 0), 0);
-          const cosine = inner / (norm(part(w)) * norm(part(l)));
+          const sizes = norm(part(w)) * norm(part(l));
+          expect(Math.abs(inner - geometry[over].inner[i]) / sizes).toBeLessThan(tolerance.cosine);
+          const cosine = inner / sizes;
           expect(Math.abs(cosine - geometry[over].cosine[i])).toBeLessThan(tolerance.cosine);
           const apart = norm(difference(part(w), part(l))) ** 2;
           expect(Math.abs(apart / geometry[over].norm_diff_sq[i] - 1)).toBeLessThan(10 * tolerance.norm);
