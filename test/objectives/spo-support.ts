@@ -49,9 +49,9 @@ export const recordsOf = (pairs: readonly RecordedPair[]): object[] =>
     ...reference,
   }));
 
-/** Batch 0, from which everything but trajectories is evaluated. */
-export const examplesOf = (name: ModelName): PreferenceExample[] =>
-  recordedBatches(name)[0].map((pair, index) => ({
+/** A recorded batch; from batch 0 everything but trajectories is evaluated. */
+export const examplesOf = (name: ModelName, batch = 0): PreferenceExample[] =>
+  recordedBatches(name)[batch].map((pair, index) => ({
     index,
     line: index + 1,
     promptIds: Int32Array.from(pair.prompt),

@@ -1,15 +1,20 @@
 // SPO's lower level and penalty by their options: other solvers, warm starts, lambda by schedule, the first-order form where
 // tokens weigh differently; against values put together by hand.
 import { expect, it } from 'vitest';
+import { GradientBuffers } from '../../src/autograd/sinks.js';
 import { loadModel } from '../../src/io/model-folder.js';
 import type { CausalLM } from '../../src/models/causal-lm.js';
 import type { ModelParameters } from '../../src/models/parameters.js';
 import { mul } from '../../src/ops/elementwise.js';
 import { cast } from '../../src/ops/movement.js';
 import { mean } from '../../src/ops/reduce.js';
+import { scope } from '../../src/tensor/scope.js';
 import { memory } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
 import type { Metrics } from '../../src/train/hooks.js';
+import { PreferenceObjective } from '../../src/train/preference-objective.js';
+import { SpoLowerLevel } from '../../src/train/spo-lower.js';
+import { SpoPasses } from '../../src/train/spo-passes.js';
 import { SpoTask, type SpoTaskOptions } from '../../src/train/spo-task.js';
 import { Trainable } from '../../src/train/task.js';
 import {
@@ -18,14 +23,17 @@ import {
   GOLDEN_SPO,
   gradientOf,
   groupPart,
+  modelNames,
   namesOf,
   onHost,
   openSpoModel,
   pairLogProbsOf,
+  readSpo,
+  spoFile,
   spoPath,
 } from '../objectives/spo-support.js';
 import { describeWithShared } from '../shared.js';
-import { difference, norm, relativeError, type Tensors } from './support.js';
+import { difference, norm, readTensors, relativeError, type Tensors } from './support.js';
 
 const common: SpoTaskOptions = {
   beta: 0.5,
@@ -176,6 +184,44 @@ describeWithShared('the lower level of a step', GOLDEN_SPO, () => {
     ] as const)
       await evaluateAll(given, [0, 1]);
     expect(memory().storages).toBe(before);
+  });
+});
+
+describeWithShared('lower.json by the lower level of a step', GOLDEN_SPO, () => {
+  const cases = modelNames.flatMap((name) =>
+    [0, 1].flatMap((run) => [true, false].map((known) => [name, run, known] as const)),
+  );
+  it.each(cases)('%s, run %d, the first gradient known: %s', async (name, run, known) => {
+    for (const [dtype, tolerance] of [
+      ['float64', 1e-11],
+      ['float32', 1e-4],
+    ] as const) {
+      const { alpha, reduction, runs } = readSpo(name, 'lower.json');
+      const { K, L_SFT_k, norm_grad_phi } = runs[run];
+      using model = await openSpoModel(name, dtype);
+      const examples = examplesOf(name);
+      const trainable = new Trainable(model, both);
+      const objective = new PreferenceObjective(model, examples, null, { beta: 0.5 });
+      const passes = new SpoPasses(trainable, examples, objective, { sftReduction: reduction, penalizeAdapters: true });
+      const options = { lowerSteps: K, lowerLearningRate: alpha };
+      const level = new SpoLowerLevel(trainable, passes, options, () => model.backbone);
+      const tokens = examples.reduce((n, e) => n + e.chosenIds.length, 0);
+      const step = { microBatches: halves, totals: { tokens, sequences: examples.length }, lambda: 2 };
+      const before = onHost(namesOf(model, ['backbone']), [...model.backbone.values()]);
+      const buffers = new GradientBuffers(model.backbone);
+      trainable.zeroGradients();
+      if (known) level.gradient(new Map(model.backbone), buffers, step);
+      const optimum = scope(() => level.optimum(buffers, known, step).reduce((total, t) => total + t.item(), 0));
+      expect(Math.abs(optimum - L_SFT_k[K])).toBeLessThan(tolerance);
+      const added = onHost(namesOf(model, ['adapters']), [...trainable.gradients.get('adapters')!.buffers.values()]);
+      const gradient = new Map([...added].map(([key, values]) => [key, values.map((x) => x / -step.lambda)]));
+      const expected = await readTensors(spoFile(name, 'lower.safetensors'), `K${K}/grad_phi/`);
+      expect(expected.size).toBe(gradient.size);
+      expect(relativeError(gradient, expected)).toBeLessThan(tolerance);
+      expect(Math.abs(norm(gradient) / norm_grad_phi - 1)).toBeLessThan(tolerance);
+      expect(onHost(namesOf(model, ['backbone']), [...model.backbone.values()])).toEqual(before);
+      for (const owner of [buffers, level, objective, trainable]) owner.dispose();
+    }
   });
 });
 

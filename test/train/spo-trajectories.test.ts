@@ -1,12 +1,24 @@
 // Eight outer iterations of Algorithm 1 against every recorded run: every step, and where parameters end.
+import { join } from 'node:path';
 import { expect, it } from 'vitest';
+import { loadModel } from '../../src/io/model-folder.js';
+import type { CausalLM } from '../../src/models/causal-lm.js';
+import { completeParameters, preferenceLosses, squaredGradientNorms } from '../../src/objectives/index.js';
+import { clipFactor } from '../../src/optim/clip.js';
+import { scope } from '../../src/tensor/scope.js';
+import { Tensor } from '../../src/tensor/tensor.js';
 import type { Metrics } from '../../src/train/hooks.js';
+import { maxDifference } from '../models/support.js';
 import {
+  examplesOf,
   GOLDEN_SPO,
   type ModelName,
+  openSpoModel,
+  pairLogProbsOf,
   readSpo,
   recordedBatches,
   recordsOf,
+  regularizerProblem,
   spoFile,
   spoPath,
 } from '../objectives/spo-support.js';
@@ -14,6 +26,7 @@ import { describeWithShared } from '../shared.js';
 import {
   errorOfMove,
   type Given,
+  type Run,
   readTensors,
   savedAdapter,
   savedModel,
@@ -38,6 +51,8 @@ interface RecordedIteration {
   readonly sft_gap: number;
   readonly R: number;
   readonly grad_norms: { readonly total: number; readonly theta: number; readonly phi: number };
+  readonly clip_coef: number;
+  readonly loss_per_pair: number[];
   readonly chosen_logps: number[];
   readonly rejected_logps: number[];
   readonly norm_g_w: number[];
@@ -106,6 +121,10 @@ function expectedMetrics(step: RecordedIteration, gamma: number): Record<string,
   };
 }
 
+/** What clipping multiplies a gradient of this norm by. */
+const clipped = (norm: number, maxNorm: number): number =>
+  scope(() => clipFactor(Tensor.from(Float64Array.of(norm)), maxNorm).item());
+
 const largestError = (found: readonly Metrics[], run: RecordedRun): number =>
   Math.max(
     ...run.steps_run.flatMap((step, i) =>
@@ -153,18 +172,47 @@ describeWithShared('the trajectories of golden/spo', GOLDEN_SPO, () => {
     expect(metrics).toBeLessThan(1e-9);
     expect(theta).toBeLessThan(1e-8);
     expect(phi).toBeLessThan(1e-8);
-    for (const step of done.metrics) {
+    for (const [i, step] of done.metrics.entries()) {
       expect(step['learning_rate/backbone']).toBe(run.lr_backbone);
       expect(step['learning_rate/adapters']).toBe(run.lr_adapters);
+      const factor = clipped(step.grad_norm, (run.max_grad_norm as number | null) ?? 0);
+      expect(Math.abs(factor / run.steps_run[i].clip_coef - 1)).toBeLessThan(1e-9);
     }
   });
 
-  // The README's tolerances: 1e-4 for F and R, 1e-3 of the move for parameters.
+  // The metrics of a step are means: its pairs are looked at where a run of fewer steps ends.
   it.each([
-    ['qwen2', 'adamw_gamma0.2_k2_noclip'],
-    ['qwen2', 'sgd_gamma0_k2_clip1'],
-    ['llama', 'adamw_gamma0.2_k1_clip1'],
-  ] as const)('%s %s in float32', async (name, runName) => {
+    ['qwen2', 'sgd_gamma0.2_k1_clip30', 'float64'],
+    ['qwen2', 'adamw_gamma0.2_k2_noclip', 'float64'],
+    ['llama', 'sgd_gamma0.2_k2_noclip', 'float64'],
+    ['llama', 'adamw_gamma0.2_k1_clip1', 'float32'],
+  ] as const)('%s %s in %s: every pair of every step', async (name, runName, dtype) => {
+    const run = recordedRun(name, runName);
+    const batches = recordedBatches(name);
+    const rows = recordsOf((run.batches === 'cycle' ? batches : batches.slice(0, 1)).flat());
+    const [ofLogps, ofNorms] = dtype === 'float64' ? [1e-8, 1e-9] : [1e-4, 1e-4];
+    for (const [k, step] of run.steps_run.entries()) {
+      const options = { ...optionsOf(name, run, folder.write('pairs.json', rows)), 'max-steps': k, dtype };
+      using model = k === 0 ? await openSpoModel(name, dtype) : await ended(await train('spo', options), dtype);
+      const examples = examplesOf(name, step.batch);
+      scope(() => {
+        const pairs = pairLogProbsOf(model, model.parameters, examples);
+        const losses = preferenceLosses.sigmoid.value(pairs, completeParameters({ beta: run.beta as number }));
+        expect(maxDifference(pairs.chosen.dataSync(), step.chosen_logps)).toBeLessThan(ofLogps);
+        expect(maxDifference(pairs.rejected.dataSync(), step.rejected_logps)).toBeLessThan(ofLogps);
+        expect(maxDifference(losses.dataSync(), step.loss_per_pair)).toBeLessThan(ofLogps);
+        const squares = squaredGradientNorms(regularizerProblem(model, examples, 'all'), 2 * examples.length);
+        for (const [i, expected] of [...step.norm_g_w, ...step.norm_g_l].entries())
+          expect(Math.abs(Math.sqrt(squares[i].item()) / expected - 1)).toBeLessThan(ofNorms);
+      });
+    }
+  });
+
+  const ended = ({ result: { output } }: Run, dtype: string): Promise<CausalLM> =>
+    loadModel(join(output, 'model'), { dtype: dtype as 'float64', adapter: join(output, 'adapter') });
+
+  // The README's tolerances: 1e-4 for F and R, 1e-3 of the move for parameters.
+  it.each(runNames)('%s %s in float32', async (name, runName) => {
     const { metrics, theta, phi } = await follow(name, runName, 'float32');
     expect(metrics).toBeLessThan(1e-4);
     expect(theta).toBeLessThan(1e-3);
