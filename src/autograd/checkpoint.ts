@@ -4,7 +4,8 @@ import type { Tensor } from '../tensor/tensor.js';
 import { type Cotangent, differentiate, forbidCaptured, record } from './tape.js';
 
 /**
- * Runs `f` without keeping its intermediate tensors; backward runs it again. Pays one more forward for the memory of f.
+ * Runs `f` without keeping its intermediate tensors; backward runs it again. Pays one more forward for the memory of f. Sinks
+ * of its inputs receive what they would without it, and gradients kept apart by sequence stay so.
  *
  * @param f a function of its arguments alone: a differentiated tensor that it captures is an error
  */
@@ -15,8 +16,9 @@ export function checkpoint(f: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor
     inputs,
     [output.node === null && inputs.includes(output) ? output.alias() : output],
     inputs,
-    ({ g, saved, needs }) => {
+    ({ g, saved, needs, sink, streams }) => {
       const wanted = saved.filter((_, i) => needs[i]);
+      const sinks = saved.map((_, i) => sink(i)).filter((_, i) => needs[i]);
       const { gradients } = differentiate(
         wanted,
         (tracked) => {
@@ -24,10 +26,12 @@ export function checkpoint(f: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor
           return f(...saved.map((t, i) => (needs[i] ? tracked[at++] : t)));
         },
         (y) => [{ tensor: y, cotangent: g }],
+        { sinks, streams },
       );
       let at = 0;
       return saved.map((_, i) => (needs[i] ? gradients[at++] : null));
     },
+    true,
   )[0];
 }
 

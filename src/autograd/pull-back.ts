@@ -9,6 +9,7 @@ import type { Tensor } from '../tensor/tensor.js';
 import {
   type BackwardContext,
   type Contribution,
+  type GradientSink,
   lowestLevel,
   type Node,
   type Start,
@@ -16,6 +17,15 @@ import {
   trackedMask,
   useSaved,
 } from './tape.js';
+
+/** An op on the way cannot keep the gradients of sequences apart. */
+export class UnstreamedOp extends KeelgradError {
+  readonly op: string;
+  constructor(op: string, remedy = 'use an op that has one') {
+    super(`[${op}] has no rule that keeps the gradients of sequences apart; ${remedy}`);
+    this.op = op;
+  }
+}
 
 /** The nodes behind `starts` that depend on the leaves, latest first; does not look behind the leaves. */
 function reachable(starts: readonly Node[], leaves: ReadonlySet<Node>, bit: number): Node[] {
@@ -47,8 +57,12 @@ export function pullBack(
     const [own] = owned(() => [cotangent.alias()]);
     accumulate(pending, node, tensor.output, own);
   }
+  const nodes = reachable(roots, new Set(leaves), bit);
+  // Before any sink has taken anything: who asked may do without.
+  const unstreamed = streams && nodes.find((node) => !node.streamed);
   try {
-    for (const node of reachable(roots, new Set(leaves), bit)) {
+    if (unstreamed) throw new UnstreamedOp(unstreamed.op);
+    for (const node of nodes) {
       const cotangents = pending.get(node);
       pending.delete(node);
       if (cotangents) step(node, bit, cotangents, pending, streams);
@@ -102,15 +116,15 @@ function runBackward(
   cotangents: readonly (Tensor | null)[],
   streams: SequenceStreams | null,
 ): readonly (Tensor | null)[] {
-  if (streams && !node.streamed)
-    throw new KeelgradError(
-      `[${node.op}] has no rule that keeps the gradients of sequences apart, as their norms need; leave the regularizer out (gamma 0), or use an op that has one`,
-    );
   const needs = node.parents.map((p) => p !== null && (p.mask & bit) !== 0);
-  const sunk: { parent: Node; contribution: Contribution }[] = [];
+  const sunk: { sink: GradientSink; contribution: Contribution }[] = [];
   return owned(() => {
     const saved = useSaved(node);
     const differentiable = trackedMask([...saved, ...cotangents]) !== 0;
+    const sinkOf = (i: number): GradientSink | null => {
+      const sink = node.parents[i]?.sink;
+      return sink && (!differentiable || sink.differentiable) ? sink : null;
+    };
     const context: BackwardContext = {
       cotangents: Array.from({ length: node.outputs }, (_, i) => cotangents[i] ?? null),
       get g(): Tensor {
@@ -124,19 +138,21 @@ function runBackward(
       buffer: (i) => (differentiable ? null : (node.parents[i]?.sink?.buffer ?? null)),
       streams,
       shares: (i) => node.parents[i]?.sink?.shares ?? null,
+      sink: sinkOf,
     };
     const given = inBackwardOf(node.op, () => node.backward(context));
     const tensors = node.parents.map((parent, i): Tensor | null => {
       const value = given[i];
       if (!needs[i] || !parent || !value) return null;
       if (!isContribution(value)) return settle(value, node.inputShapes[i], node.inputDTypes[i], streams);
-      if (parent.sink && (!differentiable || parent.sink.differentiable)) {
-        sunk.push({ parent, contribution: value });
+      const sink = sinkOf(i);
+      if (sink) {
+        sunk.push({ sink, contribution: value });
         return null;
       }
       return settle(value.materialize(), node.inputShapes[i], node.inputDTypes[i], streams);
     });
-    for (const { parent, contribution } of sunk) parent.sink!.accept(contribution);
+    for (const { sink, contribution } of sunk) sink.accept(contribution);
     return tensors;
   });
 }

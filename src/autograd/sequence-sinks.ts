@@ -14,7 +14,7 @@ import {
   type LookupContribution,
   reshape,
   scatterRows,
-  slice,
+  stack,
   transpose,
   zeros,
 } from '../ops/movement.js';
@@ -28,10 +28,10 @@ import {
   sequenceSquares,
   squaresByRows,
 } from '../ops/sequence-products.js';
-import type { SequenceStreams } from '../ops/streams.js';
+import type { SequenceStreams, Span } from '../ops/streams.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
-import type { Tensor } from '../tensor/tensor.js';
+import { Tensor } from '../tensor/tensor.js';
 import type { Contribution, GradientShares, GradientSink } from './tape.js';
 
 /** A parameter of a pass, and where its two accumulated gradients go. */
@@ -48,7 +48,7 @@ export interface SequencePassOptions {
   squares: boolean;
   /** The second gradient takes the sequences [0, secondCount) alone. */
   secondCount: number;
-  /** The inner product of the gradients of two sequences as well: the streams hold no others, together. */
+  /** The inner product of the gradients of the two sequences of each group as well; only with `squares`. */
   inner?: boolean;
 }
 
@@ -69,8 +69,11 @@ export class SequencePass {
   readonly factors: SequenceFactors;
   /** `[S]` terms of the squared norms by group, on the tape where the pass is recorded. */
   readonly terms: { readonly group: string; readonly tensor: Tensor }[] = [];
-  /** Terms of the inner product of the two sequences' gradients, float64 `[1]`, by group. */
+  /** Terms of the inner products of the pairs' gradients, float64 `[pairs]`, by group. */
   readonly innerTerms: { readonly group: string; readonly tensor: Tensor }[] = [];
+  /** Rows of the sequences that the second gradient takes. */
+  readonly secondSpans: readonly Span[];
+  readonly secondRows: number;
   private readonly kept: Tensor[] = [];
   private readonly coefficients = new Map<string, Coefficients>();
 
@@ -78,6 +81,10 @@ export class SequencePass {
     this.streams = streams;
     this.options = options;
     this.factors = new SequenceFactors(streams);
+    this.secondSpans = neighbours(streams.sequences.slice(0, options.secondCount).map((s) => s.rows));
+    this.secondRows = this.secondSpans.reduce((n, { length }) => n + length, 0);
+    if (options.inner && streams.headGroups.some(({ sequences }) => sequences.length !== 2))
+      throw new RangeError('[SequencePass] expected streams of pairs where inner products are wanted');
     this.sinks = parameters.map((p) => new SequenceSink(this, p));
   }
 
@@ -89,12 +96,19 @@ export class SequencePass {
   private spread(coefficients: Tensor): Coefficients {
     const { rowSequence, targetSequence } = this.streams;
     const [bySequence, first, second, byTarget] = scope(() => {
-      const columns = contiguous(transpose(coefficients.detach()));
+      const columns = contiguous(transpose(mul(coefficients.detach(), this.taking(coefficients))));
       const rows = gatherRows(columns, rowSequence);
       const column = (i: number): Tensor => contiguous(rows.view([rows.shape[0], 1], [2, 1], bytes(rows) * i));
       return [columns, column(0), column(1), contiguous(transpose(gatherRows(columns, targetSequence)))];
     }).map((t) => this.keep(t));
     return { bySequence, byRow: [first, second], byTarget };
+  }
+
+  /** Which sequences each of the two gradients takes, `[2, S]`. */
+  private taking({ dtype, device, shape }: Tensor): Tensor {
+    const count = this.streams.sequences.length;
+    const takes = Float64Array.from({ length: 2 * count }, (_, i) => Number(i < count + this.options.secondCount));
+    return Tensor.from(takes, { dtype: dtype as 'float32' | 'float64', device, shape });
   }
 
   given(group: string): Coefficients {
@@ -104,13 +118,10 @@ export class SequencePass {
     return found;
   }
 
-  /** Rows of the sequences that the second gradient takes; they come first. */
-  get secondRows(): number {
-    return this.streams.sequences.slice(0, this.options.secondCount).reduce((n, s) => n + s.rows.length, 0);
-  }
-
+  /** Targets before the end of those that the second gradient takes. */
   get secondTargets(): number {
-    return this.streams.sequences.slice(0, this.options.secondCount).reduce((n, s) => n + s.targets.length, 0);
+    const taken = this.streams.sequences.slice(0, this.options.secondCount);
+    return Math.max(0, ...taken.map(({ targets }) => targets.start + targets.length));
   }
 
   keep<T extends Tensor>(t: T): T {
@@ -123,9 +134,10 @@ export class SequencePass {
     this.terms.push({ group, tensor: this.keep(tensor) });
   }
 
+  /** Adds to the inner products of a group: `[pairs]`. */
   addInner(group: string, tensor: Tensor): void {
     if (!this.options.inner) return;
-    this.innerTerms.push({ group, tensor: this.keep(reshape(cast(tensor.detach(), 'float64'), [1])) });
+    this.innerTerms.push({ group, tensor: this.keep(cast(tensor.detach(), 'float64')) });
   }
 
   /** After the backward pass, while outer transforms still record: parameters with several kinds of contributions. */
@@ -140,7 +152,7 @@ export class SequencePass {
     return totalsOf(this.terms);
   }
 
-  /** Inner products of the two sequences' gradients by group: float64 `[1]` each; empty where not asked for. */
+  /** Inner products of the pairs' gradients by group: float64 `[pairs]` each; empty where not asked for. */
   innerProducts(): Map<string, Tensor> {
     return totalsOf(this.innerTerms);
   }
@@ -241,31 +253,41 @@ export class SequenceSink implements GradientSink {
     const gradients = inner ? [fresh(), fresh()] : [fresh()];
     const sums = zeros([factors.spans.length, 2], { dtype: 'float64', device: x.device });
     const coefficients = scale === 1 ? given.bySequence : mul(given.bySequence, scale);
-    for (const [s, { start, length }] of factors.spans.entries()) {
-      const gradient = gradients[s % gradients.length];
-      gradientInto(gradient, rowsOf(g, start, length), rowsOf(rows, start, length));
-      const pair = (t: Tensor): Tensor => reshape(rowsOf(t, s, 1), [2]);
-      const into = s < this.pass.options.secondCount ? second : null;
-      const other = inner && s === 1 ? gradients[0] : null;
-      launch('shareGradient', [pair(sums), first, into, gradient, other, pair(coefficients)]);
-    }
-    if (inner) this.pass.addInner(this.parameter.group, mul(slice(reshape(sums, [-1]), 0, 3, 4), scale * scale));
+    for (const { sequences } of this.pass.streams.headGroups)
+      for (const [i, s] of sequences.entries()) {
+        const { start, length } = factors.spans[s];
+        const gradient = gradients[inner ? i : 0];
+        gradientInto(gradient, rowsOf(g, start, length), rowsOf(rows, start, length));
+        const pair = (t: Tensor): Tensor => reshape(rowsOf(t, s, 1), [2]);
+        const into = s < this.pass.options.secondCount ? second : null;
+        const other = inner && i === 1 ? gradients[0] : null;
+        launch('shareGradient', [pair(sums), first, into, gradient, other, pair(coefficients)]);
+      }
+    if (inner) this.addInnerSums(sums, scale);
     for (const t of [first, second]) if (t) t.storage.version++;
     return cast(contiguous(sums.view([factors.spans.length], [2])), wide);
   }
 
+  /** The second sums of the second sequences of pairs. */
+  private addInnerSums(sums: Tensor, scale: number): void {
+    const { headGroups } = this.pass.streams;
+    const column = contiguous(sums.view([sums.shape[0], 1], [2, 1], bytes(sums)));
+    const products = headGroups.map(({ sequences }) => reshape(rowsOf(column, sequences[1], 1), []));
+    this.pass.addInner(this.parameter.group, mul(stack(products), scale * scale));
+  }
+
   /** The accumulated gradients as products of their own; squares from inner products. */
   private throughProducts(x: Tensor, g: Tensor, scale: number): Tensor | null {
-    const { streams, factors, options, secondRows } = this.pass;
+    const { streams, factors, options, secondSpans } = this.pass;
     const { first, second } = this.parameter;
     if (first) {
       const weighted = mul(g, this.given.byRow[0]);
       const merged = streams.rowMap ? scatterRows(weighted, streams.rowMap, streams.primalRows) : weighted;
       addProduct(first, merged, x.detach(), scale);
     }
-    if (second && secondRows > 0) {
-      const part = (t: Tensor): Tensor => rowsOf(t, 0, secondRows);
-      addProduct(second, mul(part(g), part(this.given.byRow[1])), part(factors.rowsOf(x)), scale);
+    for (const { start, length } of second ? secondSpans : []) {
+      const part = (t: Tensor): Tensor => rowsOf(t, start, length);
+      addProduct(second!, mul(part(g), part(this.given.byRow[1])), part(factors.rowsOf(x)), scale);
     }
     if (options.inner) this.pass.addInner(this.parameter.group, mul(innerByRows(factors, x, g), scale * scale));
     return options.squares ? squaresByRows(factors, x, g) : null;
@@ -287,24 +309,25 @@ export class SequenceSink implements GradientSink {
     if (options.squares) this.pass.addSquares(group, sum(square(bySequence), { axes: 1 }));
     if (options.inner) {
       const rows = bySequence.detach();
-      this.pass.addInner(group, sum(mul(rowsOf(rows, 0, 1), rowsOf(rows, 1, 1))));
+      const row = (s: number): Tensor => rowsOf(rows, s, 1);
+      const { headGroups } = this.pass.streams;
+      this.pass.addInner(group, stack(headGroups.map(({ sequences: [a, b] }) => sum(mul(row(a), row(b))))));
     }
   }
 
   // ---- embedding and head -------------------------------------------------------------------------------------------
 
   private acceptLookup(contribution: LookupContribution): void {
-    const { secondRows } = this.pass;
     const { first, second } = this.parameter;
-    const g = contribution.g.detach();
-    const add = (into: Tensor, count: number, weights: Tensor): void => {
-      const part = (t: Tensor): Tensor => rowsOf(t, 0, count);
-      const rows = contiguous(mul(part(contiguous(g)), part(weights)));
+    const g = contiguous(contribution.g.detach());
+    const add = (into: Tensor, { start, length }: Span, weights: Tensor): void => {
+      const part = (t: Tensor): Tensor => rowsOf(t, start, length);
+      const rows = contiguous(mul(part(g), part(weights)));
       into.storage.version++;
       if (rows.size > 0) launch('scatterAddRows', [into, rows, part(contribution.ids)]);
     };
-    if (first) add(first, g.shape[0], this.given.byRow[0]);
-    if (second) add(second, secondRows, this.given.byRow[1]);
+    if (first) add(first, { start: 0, length: g.shape[0] }, this.given.byRow[0]);
+    if (second) for (const span of this.pass.secondSpans) add(second, span, this.given.byRow[1]);
     if (this.pass.options.squares) this.embeddingOf('lookup', contribution);
   }
 
@@ -328,6 +351,19 @@ export class SequenceSink implements GradientSink {
     this.pass.addSquares(this.parameter.group, squares);
     if (inner) this.pass.addInner(this.parameter.group, inner);
   }
+}
+
+/** Spans in order, those that lie side by side as one; empty ones left out. */
+function neighbours(spans: readonly Span[]): Span[] {
+  const merged: Span[] = [];
+  for (const { start, length } of spans) {
+    const last = merged.at(-1);
+    if (length === 0) continue;
+    if (last && last.start + last.length === start)
+      merged[merged.length - 1] = { start: last.start, length: last.length + length };
+    else merged.push({ start, length });
+  }
+  return merged;
 }
 
 /** into[out, in] += scale * gᵀ x. */

@@ -69,6 +69,8 @@ export interface BackwardContext {
   streams: SequenceStreams | null;
   /** The shares of input i's sink; null where there are none. */
   shares: (input: number) => GradientShares | null;
+  /** The sink that takes the contributions to input i; null where its gradient is a tensor. */
+  sink: (input: number) => GradientSink | null;
 }
 
 interface Saved {

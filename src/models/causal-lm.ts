@@ -1,5 +1,6 @@
 // The causal language model of the Llama and Qwen2 families: a pure function of its parameters over a packed token axis.
 // The two differ in their configuration only (which linears have biases, rotary scaling, tied embeddings).
+import { checkpoint } from '../autograd/checkpoint.js';
 import { KeelgradError } from '../errors.js';
 import { adapterKey } from '../io/peft.js';
 import { initializeAdapters, type LoraSpec, scaleOf } from '../nn/lora.js';
@@ -33,6 +34,8 @@ export interface AdapterDropout {
 
 export interface ForwardOptions {
   dropout?: AdapterDropout | null;
+  /** Keeps the input of each block alone for backward, which runs the block again. */
+  checkpointing?: boolean;
 }
 
 /** Where to read off log-probabilities: target n is id `ids[n]` as predicted by row `rows[n]` of the packed axis. */
@@ -94,7 +97,8 @@ export class CausalLM {
       let x = gatherRows(this.weight(p, EMBEDDING), ids);
       for (let layer = 0; layer < this.config.layers; layer++) {
         const input = x;
-        x = scope(() => this.block(p, layer, input, layout, options));
+        const block = options.checkpointing ? this.checkpointedBlock : this.block;
+        x = scope(() => block.call(this, p, layer, input, layout, options));
         input.dispose();
       }
       return rmsNorm(x, this.weight(p, FINAL_NORM), this.config.rmsNormEps);
@@ -139,6 +143,32 @@ export class CausalLM {
     const t = p.backbone.get(name);
     if (!t) throw new KeelgradError(`the model has no parameter ${name}`);
     return t;
+  }
+
+  private checkpointedBlock(
+    p: ModelParameters,
+    layer: number,
+    x: Tensor,
+    layout: SegmentLayout,
+    options: ForwardOptions,
+  ): Tensor {
+    const own = (map: ParameterMap | null): [string, Tensor][] =>
+      [...(map ?? [])].filter(([name]) => name.includes(`model.layers.${layer}.`));
+    const [backbone, adapters] = [own(p.backbone), own(p.adapters)];
+    const named = (entries: readonly [string, Tensor][], tensors: readonly Tensor[]): ParameterMap =>
+      new Map(entries.map(([name], i) => [name, tensors[i]]));
+    return checkpoint(
+      (input, ...tensors) => {
+        const split = backbone.length;
+        const parameters = {
+          backbone: named(backbone, tensors.slice(0, split)),
+          adapters: p.adapters && named(adapters, tensors.slice(split)),
+        };
+        return this.block(parameters, layer, input, layout, options);
+      },
+      x,
+      ...[...backbone, ...adapters].map(([, t]) => t),
+    );
   }
 
   private block(p: ModelParameters, layer: number, x: Tensor, layout: SegmentLayout, options: ForwardOptions): Tensor {

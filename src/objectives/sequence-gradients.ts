@@ -1,6 +1,6 @@
 // Gradients of the log-probabilities of a batch's sequences from one backward pass seeded with 1 (spo.md §4, §5): two
 // accumulated gradients with coefficients for each sequence, squared norms, and derivatives of these. No model, no loss.
-import { type SequenceParameter, SequencePass } from '../autograd/sequence-sinks.js';
+import { type SequenceParameter, SequencePass, type SequencePassOptions } from '../autograd/sequence-sinks.js';
 import { differentiate, type GradientSink, type Start, suspend } from '../autograd/tape.js';
 import { cast, onesLike } from '../ops/movement.js';
 import type { SequenceStreams } from '../ops/streams.js';
@@ -25,6 +25,14 @@ export interface SequenceProblem<R extends ScoredTargets> {
   readonly secondCount: number;
 }
 
+/** Of the sequences' gradients, by group of parameters. */
+export interface GradientProducts {
+  /** float64 `[S]`. */
+  readonly squaredNorms: ReadonlyMap<string, Tensor>;
+  /** float64 `[pairs]`: inner products of the two gradients of each, where the streams are of pairs; else empty. */
+  readonly innerProducts: ReadonlyMap<string, Tensor>;
+}
+
 /** One backward pass: fills the two accumulated gradients. */
 export function accumulateSequenceGradients<R extends ScoredTargets>(problem: SequenceProblem<R>): R {
   const { streams, parameters, secondCount, variables } = problem;
@@ -35,6 +43,29 @@ export function accumulateSequenceGradients<R extends ScoredTargets>(problem: Se
     pass.dispose();
   }
 }
+
+/** The same with squared norms and inner products; nothing is recorded. What it returns belongs to the current scope. */
+export function measureSequenceGradients<R extends ScoredTargets>(
+  problem: SequenceProblem<R>,
+): GradientProducts & { result: R } {
+  const pass = new SequencePass(problem.streams, problem.parameters, measuring(problem));
+  try {
+    const result = runPass(problem, pass, problem.variables);
+    pass.finish();
+    return { result, squaredNorms: pass.squaredNorms(), innerProducts: pass.innerProducts() };
+  } finally {
+    pass.dispose();
+  }
+}
+
+const measuring = ({
+  streams,
+  secondCount,
+}: Pick<SequenceProblem<never>, 'streams' | 'secondCount'>): SequencePassOptions => ({
+  squares: true,
+  secondCount,
+  inner: streams.headGroups.every(({ sequences }) => sequences.length === 2),
+});
 
 function runPass<R extends ScoredTargets>(
   problem: SequenceProblem<R>,
@@ -54,20 +85,18 @@ function runPass<R extends ScoredTargets>(
 }
 
 /** The same pass, recorded, with the squared norms of the sequences' gradients; it waits until it is closed. */
-export class RecordedGradients<R extends ScoredTargets> {
+export class RecordedGradients<R extends ScoredTargets> implements GradientProducts {
   readonly result: R;
-  /** float64 `[S]` by group, owned by this. */
+  /** Owned by this, as the inner products are. */
   readonly squaredNorms: ReadonlyMap<string, Tensor>;
-  /** float64 `[1]` by group: the inner product of the two sequences' gradients, where their streams hold them together. */
   readonly innerProducts: ReadonlyMap<string, Tensor>;
   private readonly pass: SequencePass;
   private readonly suspended: ReturnType<typeof suspend<R>>;
 
   /** @param sinks of the variables, for the gradients of norms */
   constructor(problem: SequenceProblem<R>, sinks: readonly (GradientSink | null)[]) {
-    const { streams, parameters, secondCount, variables } = problem;
-    const inner = streams.headGroups.some((g) => g.count > 1);
-    this.pass = new SequencePass(streams, parameters, { squares: true, secondCount, inner });
+    const { streams, parameters, variables } = problem;
+    this.pass = new SequencePass(streams, parameters, measuring(problem));
     try {
       this.suspended = suspend(
         variables,

@@ -20,7 +20,7 @@ export interface EmbeddingGradient {
 export interface EmbeddingProducts {
   /** `[S]` in the accumulation dtype. */
   readonly squares: Tensor;
-  /** The inner product of the first two sequences, `[]`, where these make one head group; else null. */
+  /** The inner products of the two sequences of each group, `[groups]`, where groups are pairs; else null. */
   readonly inner: Tensor | null;
 }
 
@@ -30,17 +30,16 @@ export function embeddingProducts({ head, lookup }: EmbeddingGradient, streams: 
   const hidden = head && cast(head.hidden, dtype);
   const rows = lookup && cast(lookup.g, dtype);
   const squares: Tensor[] = [];
-  let inner: Tensor | null = null;
+  const inner: Tensor[] = [];
   streams.headGroups.forEach((group, i) => {
     const products = groupProducts({ head, lookup }, { hidden, rows }, group, i);
-    const own = streams.sequences.slice(group.first, group.first + group.count);
-    const between = (a: number, b: number): Tensor => blockSum(products, group, own[a], own[b]);
-    own.forEach((_, s) => {
-      squares.push(between(s, s));
-    });
-    if (group.count > 1) inner = between(0, 1);
+    const between = (a: number, b: number): Tensor =>
+      blockSum(products, group, streams.sequences[a], streams.sequences[b]);
+    for (const s of group.sequences) squares[s] = between(s, s);
+    const [first, second] = group.sequences;
+    if (second !== undefined) inner.push(between(first, second));
   });
-  return { squares: stack(squares), inner };
+  return { squares: stack(squares), inner: inner.length > 0 ? stack(inner) : null };
 }
 
 interface GroupProducts {

@@ -122,12 +122,15 @@ export function squaresByRows(factors: SequenceFactors, x: Tensor, g: Tensor): T
   return stack(factors.spans.map(({ start, length }, s) => sum(mul(grams[s], gramOf(rowsOf(g, start, length))))));
 }
 
-/** <G_0ᵀ X_0, G_1ᵀ X_1> of the first two sequences from inner products. */
+/** <G_iᵀ X_i, G_jᵀ X_j> of the two sequences i, j of each group from inner products: `[groups]`. */
 export function innerByRows(factors: SequenceFactors, x: Tensor, g: Tensor): Tensor {
   const rows = factors.rowsOf(x);
-  const [a, b] = factors.spans;
-  const between = (t: Tensor): Tensor => gramOf(rowsOf(t, a.start, a.length), rowsOf(t, b.start, b.length));
-  return sum(mul(between(rows), between(g)));
+  const products = factors.streams.headGroups.map(({ sequences }) => {
+    const [a, b] = sequences.map((s) => factors.spans[s]);
+    const between = (t: Tensor): Tensor => gramOf(rowsOf(t, a.start, a.length), rowsOf(t, b.start, b.length));
+    return sum(mul(between(rows), between(g)));
+  });
+  return stack(products);
 }
 
 /**

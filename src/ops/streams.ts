@@ -17,10 +17,9 @@ export interface SequenceParts {
   readonly targets: Span;
 }
 
-/** Neighbouring sequences, [first, first + count), and their rows and targets. */
+/** Sequences that lie one after the other, and their rows and targets together. */
 export interface HeadGroup {
-  readonly first: number;
-  readonly count: number;
+  readonly sequences: readonly number[];
   readonly rows: Span;
   readonly targets: Span;
 }
@@ -47,6 +46,20 @@ export interface HeadProbes {
   readonly maxProbes: number;
 }
 
+/** The span of neighbours, in order. */
+function joined(spans: readonly Span[]): Span {
+  const [{ start }] = spans;
+  let end = start;
+  for (const span of spans) {
+    if (span.start !== end)
+      throw new RangeError(
+        `[SequenceStreams] expected the targets of a group in its order, found some at ${span.start}, not at ${end}`,
+      );
+    end += span.length;
+  }
+  return { start, length: end - start };
+}
+
 const uniform = (spans: readonly Span[], count: number): Int32Array => {
   const out = new Int32Array(count);
   spans.forEach((s, i) => {
@@ -61,7 +74,7 @@ export class SequenceStreams {
   readonly rows: number;
   /** Targets of all sequences: rows of the head. */
   readonly targetCount: number;
-  /** Rows and targets of each sequence. */
+  /** Rows and targets of each sequence; they lie in the order of the groups. */
   readonly sequences: readonly { readonly rows: Span; readonly targets: Span }[];
   /** The sequences as independent segments. */
   readonly layout: SegmentLayout;
@@ -79,7 +92,7 @@ export class SequenceStreams {
   /** int32 `[targetCount]`: 0, 1, ... */
   readonly targetOrder: Tensor;
   readonly probes: HeadProbes;
-  /** Sequences whose inner products the head's backward gives together: each by itself, or the two of one pair. */
+  /** Sequences whose inner products are wanted: each with itself alone, or those of a pair. */
   readonly headGroups: readonly HeadGroup[];
   private readonly known: ReadonlyMap<Storage, IndexKind>;
   private readonly kept: Tensor[] = [];
@@ -87,15 +100,15 @@ export class SequenceStreams {
   /**
    * @param tokens the token id of each packed row
    * @param targetRows the packed row that predicts each target, whose id is in `targetIds`
-   * @param together whether inner products between the sequences are wanted: all of them make one head group
    * @param indices the tensors under which the forward pass looks these two up
+   * @param groups the sequences in the order of their rows and targets, those whose inner products are wanted together
    */
   constructor(
     primal: SegmentLayout,
     parts: readonly SequenceParts[],
     host: { tokens: Int32Array; targetRows: Int32Array; targetIds: Int32Array },
     indices: StreamIndices,
-    together = false,
+    groups: readonly (readonly number[])[] = parts.map((_, s) => [s]),
   ) {
     const map = parts.map(({ segments }) =>
       segments.flatMap((s) => {
@@ -103,17 +116,22 @@ export class SequenceStreams {
         return Array.from({ length }, (_, i) => start + i);
       }),
     );
+    const placed = groups.flat();
+    const starts = new Map<number, number>();
     let start = 0;
-    this.sequences = parts.map(({ targets }, i) => {
-      const rows = { start, length: map[i].length };
-      start += rows.length;
-      return { rows, targets };
-    });
-    const flat = Int32Array.from(map.flat());
+    for (const s of placed) {
+      starts.set(s, start);
+      start += map[s].length;
+    }
+    this.sequences = parts.map(({ targets }, s) => ({
+      rows: { start: starts.get(s)!, length: map[s].length },
+      targets,
+    }));
+    const flat = Int32Array.from(placed.flatMap((s) => map[s]));
     this.primalRows = primal.total;
     this.rows = flat.length;
     this.targetCount = host.targetRows.length;
-    this.layout = SegmentLayout.sequences(map.map((rows) => rows.length));
+    this.layout = SegmentLayout.sequences(placed.map((s) => map[s].length));
     this.shares = flat.length !== primal.total || flat.some((row, i) => row !== i);
     this.device = indices.ids.device;
     const spans = this.sequences.map((s) => s.rows);
@@ -128,17 +146,15 @@ export class SequenceStreams {
     const ids = flat.map((row) => host.tokens[row]);
     this.ids = this.upload(ids);
     this.targetRows = this.upload(this.targetsAmong(map, host.targetRows));
-    this.headGroups = this.groupsOf(together);
+    this.headGroups = groups.map((sequences) => ({
+      sequences,
+      rows: joined(sequences.map((s) => this.sequences[s].rows)),
+      targets: joined(sequences.map((s) => this.sequences[s].targets)),
+    }));
     this.probes = this.probesOf(ids, host.targetIds);
     this.targetOrder = this.upload(Int32Array.from(host.targetIds, (_, n) => n));
     const kinds = ['ids', 'targetRows', 'targetOrder'] as const;
     this.known = new Map(kinds.map((kind) => [indices[kind].storage, kind]));
-  }
-
-  private groupsOf(together: boolean): HeadGroup[] {
-    if (!together) return this.sequences.map((s, first) => ({ first, count: 1, ...s }));
-    const whole = (length: number): Span => ({ start: 0, length });
-    return [{ first: 0, count: this.sequences.length, rows: whole(this.rows), targets: whole(this.targetCount) }];
   }
 
   private probesOf(ids: Int32Array, targetIds: Int32Array): HeadProbes {

@@ -13,6 +13,7 @@ import { scope } from '../tensor/scope.js';
 import { Tensor } from '../tensor/tensor.js';
 import { labelledMetrics, quiet, type ResponseValues, readStatistics, total } from './batch-metrics.js';
 import { klEstimate } from './mismatch.js';
+import type { PassSettings } from './preference-batch.js';
 import type { LabelledReference } from './reference.js';
 import { replaceGroups, type StepInput, type StepMeasurement, type Task, type Trainable, tensorsOf } from './task.js';
 
@@ -25,7 +26,7 @@ export class LabelledTask implements Task {
   readonly trainable: Trainable;
   private readonly examples: readonly LabelledExample[];
   private readonly reference: LabelledReference;
-  private readonly options: PreferenceLossOptions;
+  private readonly options: PreferenceLossOptions & PassSettings;
   private readonly reward: Reward;
   private readonly needsKl: boolean;
   private seenTokens = 0;
@@ -34,7 +35,7 @@ export class LabelledTask implements Task {
     trainable: Trainable,
     examples: readonly LabelledExample[],
     reference: LabelledReference,
-    options: PreferenceLossOptions,
+    options: PreferenceLossOptions & PassSettings,
   ) {
     this.trainable = trainable;
     this.examples = examples;
@@ -85,7 +86,8 @@ export class LabelledTask implements Task {
       tensorsOf(model.parameters, groups),
       (tracked) => {
         const p = replaceGroups(model.parameters, groups, tracked);
-        const out = model.logProbs(p, tensors.ids, layout, tensors.targets, { statistics: true });
+        const checkpointing = options.gradientCheckpointing;
+        const out = model.logProbs(p, tensors.ids, layout, tensors.targets, { statistics: true, checkpointing });
         const policy = sequenceLogProbs(out.logProbs, tensors.sequences, packed.lengths.length);
         return { ...out, policy, loss: mul(responseLoss({ ...given, policy }, options), share) };
       },

@@ -3,16 +3,16 @@ import type { LabelledExample, PreferenceExample, PreparedData, SftExample } fro
 import { KeelgradError } from '../errors.js';
 import type { CausalLM } from '../models/causal-lm.js';
 import { factsOf, type LossFacts } from '../objectives/preference/facts.js';
-import { type LossNaming, unpairedConflict } from '../objectives/preference/rules.js';
+import { unpairedConflict } from '../objectives/preference/rules.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { DpoTask } from './dpo-task.js';
 import type { TrainHooks } from './hooks.js';
 import { LabelledTask } from './labelled-task.js';
 import { spoNotices } from './notices.js';
-import { type DpoOptions, kebabCase, type ResolvedTrainOptions, type SftOptions, type SpoOptions } from './options.js';
+import type { DpoOptions, ResolvedTrainOptions, SftOptions, SpoOptions } from './options.js';
 import { labelledReference, type ReferenceOptions, referenceLogProbs } from './reference.js';
 import { SftTask } from './sft-task.js';
-import { spoConflict } from './spo-rules.js';
+import { inWords, spoConflict } from './spo-rules.js';
 import { SpoTask } from './spo-task.js';
 import type { Task, Trainable } from './task.js';
 
@@ -51,7 +51,8 @@ export async function prepareTask(inputs: TaskInputs): Promise<MakeTask> {
 function sftTask(options: SftOptions, examples: readonly SftExample[]): MakeTask {
   return (trainable) => {
     const dropout = trainable.groups.includes('adapters') ? (trainable.model.lora?.config.dropout ?? 0) : 0;
-    const settings = { loss: options.sftLoss, reduction: options.sftReduction, dropout, seed: options.seed };
+    const { sftLoss: loss, sftReduction: reduction, seed, gradientCheckpointing } = options;
+    const settings = { loss, reduction, dropout, seed, gradientCheckpointing };
     return new SftTask(trainable, examples, settings);
   };
 }
@@ -89,12 +90,6 @@ function requireOffsets(examples: readonly PreferenceExample[], visited: readonl
     `line ${examples[lacking].line} of the data: expected a field "offset", by how much odpo is to prefer the chosen response, found none; add it, or use sigmoid`,
   );
 }
-
-/** Options in plain words: a session does not know how they were written. */
-const inWords: LossNaming = {
-  option: (key) => kebabCase(key).replaceAll('-', ' '),
-  setting: (key, value) => `${kebabCase(key).replaceAll('-', ' ')} ${value}`,
-};
 
 /** What the dtype of a loaded model rules out. */
 function requireSpo({ dtype }: CausalLM, options: SpoOptions): void {

@@ -169,4 +169,13 @@ export const spoOptions = {
     default: false,
     help: 'reports the norms of terms (c) and (e) too; costs a pass over the backbone and a buffer of its size',
   },
+  gradNorms: {
+    type: 'string',
+    methods: ['spo'],
+    group: groups.objective,
+    placeholder: 'WHEN',
+    choices: ['auto', 'on', 'off'],
+    default: 'auto',
+    help: "reports norms and cosine of the pairs' gradients and the regularizer: auto (where a pass forms these gradients anyway, as with a lower level or gamma), on (elsewhere for a pass of its own), or off",
+  },
 } as const satisfies Record<string, OptionSpec>;

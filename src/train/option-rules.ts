@@ -112,9 +112,9 @@ const lossSwitches: readonly DeadSwitch[] = [
 const hasRegularizer = ({ gamma, gammas }: Chosen): boolean =>
   gammas === undefined ? gamma !== 0 : (gammas as readonly number[]).some((weight) => weight !== 0);
 
-const withoutRegularizer = (key: OptionKey, neutral: Value): DeadSwitch => ({
+const withoutRegularizer = (key: OptionKey, neutral: Value, reported = false): DeadSwitch => ({
   keys: [key],
-  dead: (chosen) => !hasRegularizer(chosen),
+  dead: (chosen) => !hasRegularizer(chosen) && !(reported && chosen.gradNorms === 'on'),
   because: (naming) => `with ${naming.setting('gamma', 0)}: there is no regularizer`,
   remedy: (naming) => `leave it out, or give ${naming.option('gamma')}`,
   neutral,
@@ -129,20 +129,26 @@ const withoutLowerLevel = (key: OptionKey, neutral?: Value): DeadSwitch => ({
 });
 
 const spoSwitches: readonly DeadSwitch[] = [
-  withoutRegularizer('normOver', 'all'),
-  withoutRegularizer('normPerToken', false),
+  withoutRegularizer('normOver', 'all', true),
+  withoutRegularizer('normPerToken', false, true),
   withoutRegularizer('regularizerMethod', 'exact'),
   withoutLowerLevel('lowerLearningRate'),
   withoutLowerLevel('lowerSolver', 'gradient'),
   withoutLowerLevel('lowerWarmStart', false),
   withoutLowerLevel('penaltyForm', 'auto'),
-  withoutLowerLevel('termNorms', false),
   {
     keys: ['lowerSolver'],
     dead: (chosen) => chosen.lowerSolver === 'momentum' && chosen.lowerSteps === 1,
     because: (naming) =>
       `with ${naming.setting('lowerSteps', 1)}: momentum is fresh in every step, and its first one is the gradient's`,
     remedy: (naming) => `take more steps, or use ${naming.setting('lowerSolver', 'adam')}`,
+  },
+  {
+    keys: ['gradNorms'],
+    dead: (chosen) => chosen.gradNorms === 'off' && hasRegularizer(chosen),
+    because: (naming, chosen) =>
+      `with ${naming.setting('gamma', chosen.gamma as Value)}: the regularizer needs these norms`,
+    remedy: (naming) => leaveOut(naming, 'gamma', 0),
   },
   {
     keys: ['lambdaSchedule'],
@@ -333,6 +339,9 @@ function checkSpo({ method, chosen, naming }: RuleContext): void {
       lowerWarmStart: chosen.lowerWarmStart as boolean,
       penaltyForm: chosen.penaltyForm as PenaltyForm,
       regularizerMethod: chosen.regularizerMethod as string,
+      gradientCheckpointing: chosen.gradientCheckpointing as boolean,
+      learningRateBackbone: chosen.learningRateBackbone as number,
+      learningRateAdapters: chosen.learningRateAdapters as number,
     },
     naming,
   );

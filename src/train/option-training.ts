@@ -252,6 +252,13 @@ export const batchOptions = {
     default: 1,
     help: 'batches that make one step',
   },
+  gradientCheckpointing: {
+    type: 'boolean',
+    methods: trainMethods,
+    group: groups.batches,
+    default: false,
+    help: 'keeps the input of each block alone and runs blocks again for their gradients: less memory, about a third more time',
+  },
   maxLength: {
     type: 'integer',
     methods: [...modelMethods, 'analyze theory', 'analyze dynamics', 'analyze sensitivity', 'analyze terms'],

@@ -13,8 +13,8 @@ export interface PenaltyRun {
 /** The warning that a step's metrics call for, if any. */
 export function penaltyWarning({ step, metrics }: RunStep, { dtype, lambda }: PenaltyRun): string | undefined {
   const { 'spo/term_b': b, 'spo/term_b_rounding': rounding, 'spo/term_a': a } = metrics;
-  // Its first-order form is no difference: however small, it is what it is. On its ramp lambda is small by intention.
-  if (metrics['spo/first_order'] === 1 || metrics['spo/lambda'] < lambda) return undefined;
+  // Its first-order form is no difference: however small, it is what it is. Without lambda, and on its ramp, that is intended.
+  if (metrics['spo/first_order'] === 1 || lambda === 0 || metrics['spo/lambda'] < lambda) return undefined;
   if (b === undefined || !(b < rounding)) return undefined;
   return `step ${step}: the penalty's pull on the adapters (term b) has norm ${short(b)}, below the ${short(rounding)} that rounding in ${dtype} can make of it (the preference loss's, term a: ${short(a)}).
 There the lower level does nothing that could be told from noise: raise the lower learning rate or the lower steps, or take its first-order form (penalty form first-order), which nothing cancels in.`;

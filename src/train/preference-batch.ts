@@ -22,6 +22,12 @@ export interface Weighting {
   readonly wpo?: boolean;
 }
 
+/** How passes over the model are run, whatever they compute. */
+export interface PassSettings {
+  /** Blocks run again in backward instead of keeping what they computed. */
+  readonly gradientCheckpointing?: boolean;
+}
+
 /** A micro-batch of pairs on the device. Made inside a scope. */
 export interface PreferenceBatch {
   packed: PackedBatch;
@@ -33,6 +39,7 @@ export interface PreferenceBatch {
   /** ODPO's offsets, `[B]`; null where a record has none. */
   offsets: Tensor | null;
   wpo: boolean;
+  checkpointing: boolean;
 }
 
 /** The weights of a packed batch's tokens under LD-DPO, or null. */
@@ -48,7 +55,7 @@ export function preferenceBatch(
   examples: readonly PreferenceExample[],
   indices: readonly number[],
   reference: ReferenceLogProbs | null,
-  weighting: Weighting = {},
+  weighting: Weighting & PassSettings = {},
 ): PreferenceBatch {
   const packed = packPairs(indices.map((i) => examples[i]));
   const dtype = accumulationDType(model.dtype);
@@ -65,6 +72,7 @@ export function preferenceBatch(
     tokenWeights: weights && upload(weights),
     offsets: offsets.some(Number.isNaN) ? null : upload(Float64Array.from(offsets)),
     wpo: weighting.wpo ?? false,
+    checkpointing: weighting.gradientCheckpointing ?? false,
   };
 }
 
@@ -107,8 +115,8 @@ function ofTargets(statistic: Tensor, { tensors }: PreferenceBatch): Tensor {
 
 /** log π of both responses of every pair, beside the reference's, with the head's statistics. */
 export function pairLogProbs(model: CausalLM, p: ModelParameters, batch: PreferenceBatch): PairOutputs {
-  const { packed, tensors } = batch;
-  const out = model.logProbs(p, tensors.ids, packed.layout, tensors.targets, { statistics: true });
+  const { packed, tensors, checkpointing } = batch;
+  const out = model.logProbs(p, tensors.ids, packed.layout, tensors.targets, { statistics: true, checkpointing });
   const statistics = out.statistics!;
   return { pairs: pairsOfTokens(batch, out.logProbs, statistics), statistics };
 }

@@ -25,6 +25,7 @@ import { quiet } from './batch-metrics.js';
 import { klEstimate } from './mismatch.js';
 import {
   type PairOutputs,
+  type PassSettings,
   type PreferenceBatch,
   pairLogProbs,
   pairsOfTokens,
@@ -34,7 +35,7 @@ import {
 } from './preference-batch.js';
 import type { PreferenceReference } from './reference.js';
 
-export type PreferenceSettings = PreferenceLossOptions & Weighting;
+export type PreferenceSettings = PreferenceLossOptions & Weighting & PassSettings;
 
 /** The loss of one optimizer step, micro-batch by micro-batch. */
 export interface PreferenceStep {

@@ -25,6 +25,8 @@ export interface SftTaskOptions {
   /** Dropout rate of the adapters' input; 0 is off. */
   dropout: number;
   seed: number;
+  /** Blocks run again in backward instead of keeping what they computed. */
+  gradientCheckpointing?: boolean;
 }
 
 export class SftTask implements Task {
@@ -74,14 +76,14 @@ export class SftTask implements Task {
     seed: number,
   ): { loss: Tensor; statistics: Promise<TargetStatistics> } {
     const { model, groups, gradients } = this.trainable;
-    const { loss, reduction, dropout: rate } = this.options;
+    const { loss, reduction, dropout: rate, gradientCheckpointing: checkpointing } = this.options;
     using layout = batch.layout;
     const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
     const { result } = differentiate(
       tensorsOf(model.parameters, groups),
       (tracked) => {
         const p = replaceGroups(model.parameters, groups, tracked);
-        const options = { dropout: { rate, seed }, statistics: true };
+        const options = { dropout: { rate, seed }, statistics: true, checkpointing };
         const out = model.logProbs(p, tensors.ids, layout, tensors.targets, options);
         const sums = sequenceLogProbs(sftLosses[loss](out.logProbs), tensors.sequences, batch.lengths.length);
         return { loss: sftLoss(sums, { reduction, ...totals }), statistics: out.statistics! };

@@ -9,7 +9,7 @@ import { sumOfSquares } from '../optim/clip.js';
 import { detachFromScope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import type { SftTotals, SpoPasses } from './spo-passes.js';
-import type { StepInput, Trainable } from './task.js';
+import type { GroupName, StepInput, Trainable } from './task.js';
 
 export interface SpoLowerOptions {
   lowerSteps: number;
@@ -102,18 +102,33 @@ export class SpoLowerLevel {
   private evaluate(solution: StartingPoint, { microBatches, totals, lambda }: LowerStep): Tensor[] {
     const { model, gradients } = this.trainable;
     const parameters = { ...model.parameters, backbone: new Map(solution.theta) };
-    const into = { buffers: gradients.get('adapters')!.buffers, scale: -lambda };
-    const values = microBatches.map((indices) => this.passes.sft(indices, parameters, 'adapters', into, totals));
+    const into = { buffers: new Map([['adapters', gradients.get('adapters')!.buffers]] as const), scale: -lambda };
+    const values = microBatches.map((indices) => this.passes.sft(indices, parameters, into, totals));
     if (this.options.lowerWarmStart) this.warm.keep(solution);
     return values;
   }
 
-  /** ∇_θ L_SFT(θ, φ) of the whole step, into buffers that are zeroed first. */
-  gradient(theta: Theta, buffers: GradientBuffers, { microBatches, totals }: LowerStep): ReadonlyMap<string, Tensor> {
+  /** Whether the next step starts where the last one ended, not at θ. */
+  get isWarm(): boolean {
+    return this.warm.point !== null;
+  }
+
+  /** ∇_θ L_SFT(θ, φ) of the whole step, and ∇_φ where there are buffers for it, into buffers that are zeroed first. */
+  gradient(
+    theta: Theta,
+    buffers: GradientBuffers,
+    { microBatches, totals }: LowerStep,
+    phi?: GradientBuffers,
+  ): ReadonlyMap<string, Tensor> {
     const parameters = { ...this.trainable.model.parameters, backbone: theta };
-    const into = { buffers: buffers.buffers, scale: 1 };
+    const into = {
+      buffers: new Map<GroupName, ReadonlyMap<string, Tensor>>([['backbone', buffers.buffers]]),
+      scale: 1,
+    };
     buffers.zero();
-    for (const indices of microBatches) this.passes.sft(indices, parameters, 'backbone', into, totals).dispose();
+    phi?.zero();
+    if (phi) into.buffers.set('adapters', phi.buffers);
+    for (const indices of microBatches) this.passes.sft(indices, parameters, into, totals).dispose();
     return buffers.buffers;
   }
 

@@ -10,20 +10,23 @@ import type { ModelParameters } from '../models/parameters.js';
 import { sequenceLogProbs } from '../objectives/logprobs.js';
 import {
   accumulateSequenceGradients,
+  type GradientProducts,
+  measureSequenceGradients,
   RecordedGradients,
   type SequenceProblem,
 } from '../objectives/sequence-gradients.js';
 import { type SftReduction, sftLoss } from '../objectives/sft.js';
 import { add, mul } from '../ops/elementwise.js';
 import type { HeadStatistics } from '../ops/head.js';
-import { gatherRows, onesLike, reshape, stack, unsqueeze } from '../ops/movement.js';
+import { gatherRows, onesLike, reshape, stack, unsqueeze, zeros } from '../ops/movement.js';
 import { sum } from '../ops/reduce.js';
+import type { SequenceStreams } from '../ops/streams.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { scope } from '../tensor/scope.js';
 import { Tensor } from '../tensor/tensor.js';
 import { type PreferenceBatch, pairLogProbs, pairsOfTokens } from './preference-batch.js';
 import type { PreferenceObjective, PreferenceStep } from './preference-objective.js';
-import { rowPerTarget, streamsOf } from './sequence-batch.js';
+import { pairsOf, rowPerTarget, streamsOf } from './sequence-batch.js';
 import { type GroupName, replaceGroups, type Trainable, tensorsOf } from './task.js';
 
 export const both: readonly GroupName[] = ['backbone', 'adapters'];
@@ -53,8 +56,10 @@ export interface MainPass {
   tokens: number;
 }
 
-/** A main pass whose norms are known and whose derivatives wait. Dispose of it. */
-export interface RecordedPass extends MainPass {
+/** A pass whose norms are known and whose derivatives wait. Dispose of it. */
+export interface RecordedPass {
+  /** What it is as a main pass; null where it was none. */
+  main: MainPass | null;
   recorded: Pick<RecordedGradients<never>, 'squaredNorms' | 'innerProducts' | 'addSquareGradients'>;
   dispose(): void;
 }
@@ -71,6 +76,8 @@ export interface SpoPassOptions {
   sftReduction: SftReduction;
   /** Whether shared and recorded passes give the adapters λ ∇_φ L_SFT(θ, φ), half of term (b). */
   penalizeAdapters: boolean;
+  /** Whether blocks run again in backward; not in recorded passes, whose derivatives need what they computed. */
+  checkpointing: boolean;
 }
 
 export class SpoPasses {
@@ -91,29 +98,31 @@ export class SpoPasses {
     this.options = options;
   }
 
-  /** L_SFT(θ, φ) on the chosen responses, its gradient for `groups` times `scale` added to `sinks`' buffers. */
+  /** L_SFT(θ, φ) on the chosen responses, its gradient times `scale` added to the buffers of each group. */
   sft(
     indices: readonly number[],
     parameters: ModelParameters,
-    group: GroupName,
-    into: { buffers: ReadonlyMap<string, Tensor>; scale: number },
+    into: { buffers: ReadonlyMap<GroupName, ReadonlyMap<string, Tensor>>; scale: number },
     totals: SftTotals,
   ): Tensor {
     const { model } = this.trainable;
+    const groups = [...into.buffers.keys()];
+    const buffers = [...into.buffers.values()].flatMap((map) => [...map.values()]);
     const batch = packSequences(chosenSequences(indices.map((i) => this.examples[i])));
     using layout = batch.layout;
     return scope(() => {
       const tensors = uploadBatch(batch, model.device, accumulationDType(model.dtype));
       const { result } = differentiate(
-        tensorsOf(parameters, [group]),
+        tensorsOf(parameters, groups),
         (tracked) => {
-          const p = replaceGroups(parameters, [group], tracked);
-          const { logProbs } = model.logProbs(p, tensors.ids, layout, tensors.targets);
+          const p = replaceGroups(parameters, groups, tracked);
+          const { checkpointing } = this.options;
+          const { logProbs } = model.logProbs(p, tensors.ids, layout, tensors.targets, { checkpointing });
           const sums = sequenceLogProbs(logProbs, tensors.sequences, batch.lengths.length);
           return sftLoss(sums, { reduction: this.options.sftReduction, ...totals });
         },
         (value) => [{ tensor: value, cotangent: onesLike(value) }],
-        { sinks: [...into.buffers.values()].map((t) => new AccumulatingSink(t, into.scale)) },
+        { sinks: buffers.map((t) => new AccumulatingSink(t, into.scale)) },
       );
       return result.detach();
     });
@@ -186,19 +195,32 @@ export class SpoPasses {
     return { dpo: result.dpo.detach(), sft: result.sft.detach(), metrics, tokens: batch.packed.tokens };
   }
 
-  /** The same with ∇_θ L_SFT added to `second`, from one pass seeded with 1 for each sequence. */
-  shared(part: Part, second: Second): MainPass {
-    const batch = this.batch(part.indices);
+  /**
+   * The same with ∇_θ L_SFT added to `second`, from one pass seeded with 1 for each sequence; with what the gradients of its
+   * sequences measure where that is asked for.
+   */
+  shared(part: Part, second: Second, norms: boolean): MainPass & { products: GradientProducts | null } {
+    const batch = this.batch(part.indices, norms);
     using _ = batch.packed.layout;
-    const problem = this.problem(batch, part, { first: true, second, norms: false });
+    const problem = this.problem(batch, part, { first: true, second, norms });
     using _streams = problem.streams;
-    const result = accumulateSequenceGradients(problem);
-    return this.measured(batch, problem, result, part);
+    const measured = norms ? measureSequenceGradients(problem) : null;
+    const result = measured?.result ?? accumulateSequenceGradients(problem);
+    return { ...this.mainPass(batch, problem, result, part), products: measured };
+  }
+
+  /** What the gradients of the sequences measure, nothing accumulated. */
+  measured(part: Part): GradientProducts {
+    const batch = this.batch(part.indices, true);
+    using _ = batch.packed.layout;
+    const problem = this.problem(batch, part, { first: false, second: null, norms: true });
+    using _streams = problem.streams;
+    return measureSequenceGradients(problem);
   }
 
   /**
    * As `shared`, recorded: the squared norms of the sequences' gradients, and their derivatives later, into buffers of their
-   * own where `regularizer` has some. With `accumulate` off nothing else is added to any buffer.
+   * own where `regularizer` has some. With `accumulate` off it is no main pass: nothing else is added to any buffer.
    */
   recorded(
     part: Part,
@@ -207,7 +229,7 @@ export class SpoPasses {
   ): RecordedPass {
     const { gradients } = this.trainable;
     const { accumulate, regularizer } = options;
-    const batch = this.batch(part.indices);
+    const batch = this.batch(part.indices, true);
     const problem = this.problem(batch, part, { first: accumulate, second, norms: true });
     const close = (): void => {
       problem.streams.dispose();
@@ -220,7 +242,8 @@ export class SpoPasses {
         recorded.dispose();
         close();
       };
-      return { ...this.measured(batch, problem, recorded.result, part), recorded, dispose };
+      const main = accumulate ? this.mainPass(batch, problem, recorded.result, part) : null;
+      return { main, recorded, dispose };
     } catch (error) {
       close();
       throw error;
@@ -242,14 +265,15 @@ export class SpoPasses {
     return sftLoss(chosen, { reduction: this.options.sftReduction, ...totals });
   }
 
-  private batch(indices: readonly number[]): PreferenceBatch {
+  /** With a row of the head for each target; by pair where inner products of their gradients are wanted. */
+  private batch(indices: readonly number[], byPair: boolean): PreferenceBatch {
     const { model } = this.trainable;
     const batch = this.objective.batch(indices);
-    const packed = rowPerTarget(batch.packed);
+    const packed = rowPerTarget(batch.packed, byPair ? pairsOf(batch.packed).flat() : undefined);
     return { ...batch, packed, tensors: uploadBatch(packed, model.device, accumulationDType(model.dtype)) };
   }
 
-  private measured(batch: PreferenceBatch, problem: Problem, result: Scored, { totals }: Part): MainPass {
+  private mainPass(batch: PreferenceBatch, problem: Problem, result: Scored, { totals }: Part): MainPass {
     const pairs = pairsOfTokens(batch, result.logProbs.detach(), result.statistics);
     const metrics = this.objective.metrics(batch, { pairs, statistics: result.statistics });
     const sft = this.sftShare(pairs.chosenUnweighted ?? pairs.chosen, totals);
@@ -263,20 +287,21 @@ export class SpoPasses {
   ): Problem {
     const { model } = this.trainable;
     const { packed, tensors } = batch;
+    const options = { statistics: true, checkpointing: this.options.checkpointing };
     const problem: Problem = {
       loss: null,
       variables: tensorsOf(model.parameters, both),
       parameters: this.parameters(into),
-      // The inner product of a pair's gradients is asked for where the pair is alone.
-      streams: streamsOf(packed, 'pairs', tensors, into.norms && batch.pairs === 1),
+      streams: streamsOf(packed, 'pairs', tensors, into.norms ? pairsOf(packed) : undefined),
       secondCount: batch.pairs,
       forward: (values) => {
         const p = replaceGroups(model.parameters, both, values);
-        const out = model.logProbs(p, tensors.ids, packed.layout, tensors.targets, { statistics: true });
+        const out = model.logProbs(p, tensors.ids, packed.layout, tensors.targets, options);
         return { logProbs: out.logProbs, statistics: out.statistics! };
       },
       coefficients: (result) => {
-        const { loss, byGroup } = this.coefficients(batch, part, result);
+        if (!into.first && !into.second) return this.noCoefficients(result.logProbs, packed.lengths.length);
+        const { loss, byGroup } = this.coefficients(batch, problem.streams, part, result);
         problem.loss = loss;
         return byGroup;
       },
@@ -296,9 +321,14 @@ export class SpoPasses {
     );
   }
 
+  private noCoefficients({ dtype, device }: Tensor, sequences: number): ReadonlyMap<GroupName, Tensor> {
+    return new Map(both.map((group) => [group, zeros([2, sequences], { dtype, device })]));
+  }
+
   /** The derivatives of L_DPO + λ L_SFT and of L_SFT for the log-probability of each sequence, `[2, S]` by group. */
   private coefficients(
     batch: PreferenceBatch,
+    streams: SequenceStreams,
     { micro, step, totals, lambda }: Part,
     { logProbs, statistics }: Scored,
   ): { loss: Tensor; byGroup: ReadonlyMap<GroupName, Tensor> } {
@@ -308,11 +338,7 @@ export class SpoPasses {
     const ofSft = Float64Array.from(lengths, (_, s) => (s < batch.pairs ? -1 / this.sftDivisor(totals) : 0));
     const sft = Tensor.from(ofSft, { dtype, device });
     // Tokens of a sequence weigh alike: its first one speaks for it.
-    let start = 0;
-    const firsts = Int32Array.from(lengths, (n) => {
-      start += n;
-      return Math.min(start - n, tokens.size - 1);
-    });
+    const firsts = Int32Array.from(streams.sequences, ({ targets }) => Math.min(targets.start, tokens.size - 1));
     const preference = reshape(gatherRows(unsqueeze(tokens, 1), Tensor.from(firsts, { device })), [lengths.length]);
     const penalized = add(preference, mul(sft, lambda));
     const rows = (first: Tensor): Tensor => stack([first, sft]);

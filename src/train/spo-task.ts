@@ -1,6 +1,7 @@
 // Stable Preference Optimization as a task of the loop: Algorithm 1 (spo.md §2), one outer iteration a step.
 //
 // The batch is the whole batch of the optimizer step: the lower level sees all of it, whatever the accumulation. Dropout is off.
+import { UnstreamedOp } from '../autograd/pull-back.js';
 import { GradientBuffers } from '../autograd/sinks.js';
 import type { PreferenceExample } from '../data/tokenize.js';
 import { KeelgradError } from '../errors.js';
@@ -22,9 +23,10 @@ import type { Metrics } from './hooks.js';
 import { PreferenceObjective, type PreferenceSettings, type PreferenceStep } from './preference-objective.js';
 import type { PreferenceReference } from './reference.js';
 import { type LowerStep, SpoLowerLevel, type SpoLowerOptions } from './spo-lower.js';
-import { Outcome } from './spo-outcome.js';
-import { both, type Part, type SftTotals, SpoPasses, type SpoPassOptions } from './spo-passes.js';
-import { isFirstOrder, type PenaltyForm } from './spo-rules.js';
+import { Outcome, type PairProducts, readProducts } from './spo-outcome.js';
+import { partsWithin, recordedBudget, recordedBytes } from './spo-parts.js';
+import { both, type MainPass, type Part, type SftTotals, SpoPasses, type SpoPassOptions } from './spo-passes.js';
+import { checkpointingConflict, inWords, isFirstOrder, type PenaltyForm } from './spo-rules.js';
 import { TermMeter } from './spo-terms.js';
 import { type GroupName, type StepInput, type StepMeasurement, type Task, type Trainable, tensorsOf } from './task.js';
 
@@ -50,6 +52,11 @@ export type SpoTaskOptions = PreferenceSettings &
     penaltyForm?: PenaltyForm;
     /** Reports the norms of terms (c) and (e) as well, which cost a pass over the backbone and a buffer of its size. */
     termNorms?: boolean;
+    /**
+     * Whether to measure the gradients of single sequences (their norms and cosine, R) where gamma does not need it: `auto`,
+     * where the main pass forms them anyway; `on`, at the cost of a pass where it does not; `off`.
+     */
+    gradNorms?: 'auto' | 'on' | 'off';
   };
 
 /** Indices by micro-batch and part. */
@@ -57,9 +64,6 @@ type Chunks = readonly (readonly (readonly number[])[])[];
 type Buffers = ReadonlyMap<GroupName, GradientBuffers>;
 
 const sum = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0);
-
-/** Pairs that a recorded pass keeps in memory at a time: the derivatives of their norms need all of their activations. */
-const PAIRS_AT_A_TIME = 1;
 
 export class SpoTask implements Task {
   readonly trainable: Trainable;
@@ -75,6 +79,8 @@ export class SpoTask implements Task {
   private readonly firstOrder: boolean;
   /** Groups that the regularizer's norms run over. */
   private readonly normGroups: ReadonlySet<string>;
+  /** Whether the model has an op that cannot keep the gradients of sequences apart. */
+  private streamless = false;
   private seenTokens = 0;
 
   /**
@@ -95,10 +101,12 @@ export class SpoTask implements Task {
     const { lambda, lambdaSchedule, lambdaRampSteps, sftReduction, lowerSteps, penaltyForm } = options;
     this.lambdaAt = penaltySchedule({ value: lambda, name: lambdaSchedule, rampSteps: lambdaRampSteps });
     this.firstOrder = isFirstOrder({ dtype: trainable.model.dtype, lowerSteps, penaltyForm });
-    this.passOptions = { sftReduction, penalizeAdapters: lowerSteps > 0 && !this.firstOrder };
+    const penalizeAdapters = lowerSteps > 0 && !this.firstOrder;
+    this.passOptions = { sftReduction, penalizeAdapters, checkpointing: options.gradientCheckpointing ?? false };
     this.passes = new SpoPasses(trainable, examples, this.objective, this.passOptions);
     this.lower = new SpoLowerLevel(trainable, this.passes, options, masters);
     this.normGroups = new Set(options.normOver === 'all' ? both : [options.normOver]);
+    requirePossible(trainable, options);
     if (options.gamma > 0 && [...this.normGroups].every((g) => !trainable.gradients.get(g as GroupName)?.buffers.size))
       throw new KeelgradError(
         `norm over ${options.normOver}: expected parameters to take the regularizer's norms over, found none; use all, or gamma 0`,
@@ -115,19 +123,16 @@ export class SpoTask implements Task {
     const lambda = this.lambdaAt(number);
     const totals = this.sftTotals(microBatches);
     const lower = { microBatches, totals, lambda };
-    const chunks = this.recording ? microBatches.map((m) => chunked(m, PAIRS_AT_A_TIME)) : microBatches.map((m) => [m]);
+    const chunks = microBatches.map((pairs) => (this.recording ? this.recordedParts(pairs) : [pairs]));
     const begun = this.begin(chunks.flat());
     const step = begun.result;
     const parts = chunks.flat().map((indices, micro): Part => ({ indices, micro, step, totals, lambda }));
     const done = new Outcome();
     try {
-      // LD-DPO weighs the tokens of a response: its gradient is none of the sequences'. DPO itself has its own bits.
-      const apart = (this.options.ldAlpha ?? 1) !== 1 || (this.options.lambda === 0 && this.options.gamma === 0);
-      if (apart) await this.passesApart(parts, lower, done);
-      else await this.passesShared(parts, lower, done);
+      await this.takePasses(parts, lower, done);
     } catch (error) {
       done.dispose();
-      throw error;
+      throw error instanceof UnstreamedOp ? this.explained(error) : error;
     } finally {
       begun.release();
     }
@@ -146,23 +151,82 @@ export class SpoTask implements Task {
     return collected(() => this.objective.begin(parts, shares));
   }
 
+  private async takePasses(parts: readonly Part[], lower: LowerStep, done: Outcome): Promise<void> {
+    if (this.apart) return this.passesApart(parts, lower, done);
+    try {
+      await this.passesShared(parts, lower, done);
+    } catch (error) {
+      // Nothing is lost but that one pass does the work of several; the first part is where it shows.
+      const canDoWithout = !this.recording && this.options.gradNorms !== 'on' && done.losses.length === 0;
+      if (!(error instanceof UnstreamedOp && canDoWithout)) throw error;
+      this.streamless = true;
+      this.trainable.zeroGradients();
+      await this.passesApart(parts, lower, done);
+    }
+  }
+
+  /** What an op that cannot keep the gradients of sequences apart rules out, and what to do instead. */
+  private explained({ op }: UnstreamedOp): UnstreamedOp {
+    const { gamma } = this.options;
+    if (this.recording)
+      return new UnstreamedOp(
+        op,
+        `gamma ${gamma} takes second derivatives of each sequence's log-probability through it: use gamma 0, or the regularizer method finite-differences`,
+      );
+    if (this.options.gradNorms === 'on') return new UnstreamedOp(op, 'grad norms on needs one: use grad norms off');
+    return new UnstreamedOp(
+      op,
+      "the first-order form of the penalty's gradient (term b) needs one: use penalty form difference, or lambda 0",
+    );
+  }
+
+  /** Whether L_SFT has passes of its own, the order of Algorithm 1, instead of a share in the main pass. */
+  private get apart(): boolean {
+    const { ldAlpha = 1, lambda, gamma } = this.options;
+    // LD-DPO weighs the tokens of a response: its gradient is none of the sequences'. DPO itself has its own bits.
+    return ldAlpha !== 1 || (lambda === 0 && gamma === 0) || this.streamless;
+  }
+
+  /** Whether the gradients of single sequences are measured: R needs it; elsewhere by what it costs, or as asked for. */
+  private get measures(): boolean {
+    const { gamma, gradNorms = 'auto', lowerSteps } = this.options;
+    if (gamma > 0 || gradNorms === 'on') return !this.streamless;
+    // The main pass with a lower level forms these gradients anyway.
+    return gradNorms === 'auto' && lowerSteps > 0 && !this.apart;
+  }
+
   /** L_DPO, L_SFT, the first step of the lower level and the norms from one pass a part; then L*_SFT. */
   private async passesShared(parts: readonly Part[], lower: LowerStep, done: Outcome): Promise<void> {
-    const { lowerSteps, gamma, termNorms = false } = this.options;
-    if (lowerSteps === 0) return this.mainPasses(parts, null, null, done);
+    const { lowerSteps, termNorms = false } = this.options;
+    if (lowerSteps === 0 && !termNorms) {
+      await this.metered(done, lower, async (meter) => {
+        await this.mainPasses(parts, null, meter, done);
+        meter.finishMain(null);
+        meter.finishStep();
+      });
+      return;
+    }
     const { model } = this.trainable;
     using theta = new Disposable(new GradientBuffers(model.backbone));
     using phi = new Disposable(new GradientBuffers(model.adapters));
     for (const buffers of [theta.of, phi.of]) buffers.zero();
     const second = new Map([...theta.of.buffers, ...phi.of.buffers]);
-    const weights = { ...this.passOptions, lambda: lower.lambda, all: termNorms };
-    const meter = new TermMeter(this.trainable, weights, gamma > 0);
-    try {
+    await this.metered(done, lower, async (meter) => {
       await this.mainPasses(parts, second, meter, done);
       meter.finishMain(second);
       if (this.firstOrder) scope(() => this.penaltyToFirstOrder(theta.of, lower, done));
-      else scope(() => done.star(this.lower.optimum(theta.of, true, lower)));
+      else if (lowerSteps > 0) scope(() => done.star(this.lower.optimum(theta.of, true, lower)));
       meter.finishStep();
+    });
+  }
+
+  /** Runs passes beside a meter of the terms, whose reading goes into the outcome. */
+  private async metered(done: Outcome, lower: LowerStep, passes: (meter: TermMeter) => Promise<void>): Promise<void> {
+    const { lowerSteps, gamma, termNorms = false } = this.options;
+    const weights = { ...this.passOptions, lambda: lower.lambda, all: termNorms, lower: lowerSteps > 0 };
+    const meter = new TermMeter(this.trainable, weights, gamma > 0);
+    try {
+      await passes(meter);
       done.terms = quiet(meter.metrics().finally(() => meter.dispose()));
     } catch (error) {
       meter.dispose();
@@ -173,36 +237,67 @@ export class SpoTask implements Task {
   private async mainPasses(
     parts: readonly Part[],
     second: ReadonlyMap<string, Tensor> | null,
-    meter: TermMeter | null,
+    { regularizer }: TermMeter,
     done: Outcome,
   ): Promise<void> {
-    const regularizer = meter?.regularizer;
     for (const part of parts) {
       if (this.recording) await this.regularized(part, second, { accumulate: true, regularizer }, done);
-      else done.add(scope(() => this.passes.shared(part, second)));
+      else done.add(scope(() => this.sharedPass(part, second, done)));
     }
     await this.differences(parts, regularizer, done);
   }
 
+  private sharedPass(part: Part, second: ReadonlyMap<string, Tensor> | null, done: Outcome): MainPass {
+    const { products, ...pass } = this.passes.shared(part, second, this.measures);
+    if (products) this.notePairs(part, readProducts(products, this.normGroups), done);
+    return pass;
+  }
+
+  private notePairs({ indices }: Part, products: PairProducts, done: Outcome): void {
+    done.pairs(products, this.normDivisors(indices));
+  }
+
   /** The order of Algorithm 1: θ̂ and L*_SFT first, then one pass a part with the whole cotangent. */
   private async passesApart(parts: readonly Part[], lower: LowerStep, done: Outcome): Promise<void> {
+    const { lambda, lowerSteps } = this.options;
+    const known = lowerSteps === 0 || lambda === 0 || this.firstOrder || !this.lower.isWarm;
+    await this.metered(done, lower, async (meter) => {
+      scope(() => this.lowerApart(lower, meter, done));
+      const rest = this.firstOrder ? parts.map((part) => ({ ...part, lambda: 0 })) : parts;
+      for (const part of rest) done.add(scope(() => this.passes.plain(part)));
+      for (const part of this.measures ? parts : []) {
+        if (this.recording)
+          await this.regularized(part, null, { accumulate: false, regularizer: meter.regularizer }, done);
+        else scope(() => this.notePairs(part, readProducts(this.passes.measured(part), this.normGroups), done));
+      }
+      await this.differences(parts, meter.regularizer, done);
+      meter.finishApart(known, lambda > 0);
+    });
+  }
+
+  /** L*_SFT with its share of the adapters' gradient, before everything else. */
+  private lowerApart(lower: LowerStep, meter: TermMeter, done: Outcome): void {
     const { lowerSteps, lambda } = this.options;
-    const buffers = this.trainable.gradients.get('backbone')!;
-    if (this.firstOrder)
-      scope(() => {
-        this.lower.gradient(this.trainable.model.backbone, buffers, lower);
-        this.penaltyToFirstOrder(buffers, lower, done);
-        // What is left in the buffers is ∇_θ L_SFT: term (d), which the passes below then leave out.
-        for (const t of buffers.buffers.values()) scaleInPlace(t, lower.lambda);
-      });
-    else if (lowerSteps > 0 || lambda > 0) {
-      scope(() => done.star(this.lower.optimum(buffers, false, lower)));
+    const { model, gradients } = this.trainable;
+    const buffers = gradients.get('backbone')!;
+    if (this.firstOrder) {
+      this.lower.gradient(model.backbone, buffers, lower);
+      this.penaltyToFirstOrder(buffers, lower, done);
+      // What is left in the buffers is ∇_θ L_SFT: term (d), which the main passes then leave out.
+      for (const t of buffers.buffers.values()) scaleInPlace(t, lower.lambda);
+      meter.noteD(buffers.buffers, 1);
+      meter.startApart(null);
+    } else if (lowerSteps > 0 && lambda > 0 && !this.lower.isWarm) {
+      using phi = new Disposable(new GradientBuffers(model.adapters));
+      this.lower.gradient(model.backbone, buffers, lower, phi.of);
+      meter.noteD(buffers.buffers);
+      done.star(this.lower.optimum(buffers, true, lower));
+      meter.startApart(phi.of.buffers);
+      buffers.zero();
+    } else if (lowerSteps > 0 || lambda > 0) {
+      done.star(this.lower.optimum(buffers, false, lower));
       buffers.zero();
     }
-    const rest = this.firstOrder ? parts.map((part) => ({ ...part, lambda: 0 })) : parts;
-    for (const part of rest) done.add(scope(() => this.passes.plain(part)));
-    if (this.recording) for (const part of parts) await this.regularized(part, null, { accumulate: false }, done);
-    await this.differences(parts, undefined, done);
   }
 
   private penaltyToFirstOrder(gradient: GradientBuffers, lower: LowerStep, done: Outcome): void {
@@ -213,6 +308,17 @@ export class SpoTask implements Task {
   private get recording(): boolean {
     const { gamma, regularizerMethod } = this.options;
     return gamma > 0 && regularizerMethod !== 'finite-differences';
+  }
+
+  /** The pairs of a micro-batch by recorded pass. */
+  private recordedParts(pairs: readonly number[]): number[][] {
+    const rows = ({ promptIds, chosenIds, rejectedIds }: PreferenceExample): number =>
+      2 * promptIds.length + chosenIds.length + rejectedIds.length;
+    return partsWithin(
+      pairs,
+      (i) => recordedBytes(this.trainable.model, rows(this.examples[i])),
+      recordedBudget(this.trainable.model),
+    );
   }
 
   // ---- regularizer --------------------------------------------------------------------------------------------------
@@ -226,19 +332,11 @@ export class SpoTask implements Task {
   ): Promise<void> {
     const pass = scope(() => this.passes.recorded(part, second, options));
     try {
-      if (options.accumulate) done.add(pass);
-      else for (const t of [pass.dpo, pass.sft]) t.dispose();
-      const groups = [...pass.recorded.squaredNorms].filter(([group]) => this.normGroups.has(group));
-      const squares = await Promise.all(groups.map(([, t]) => t.data()));
-      const norms = Array.from(squares[0], (_, s) => Math.sqrt(squares.reduce((n, values) => n + values[s], 0)));
-      const inner = [...pass.recorded.innerProducts].filter(([group]) => this.normGroups.has(group));
-      const products = await Promise.all(inner.map(([, t]) => t.data()));
-      if (inner.length > 0)
-        done.cosine(
-          products.reduce((n, [value]) => n + value, 0),
-          norms,
-        );
-      const coefficients = this.normCoefficients(part, norms, done);
+      if (pass.main) done.add(pass.main);
+      const products = readProducts(pass.recorded, this.normGroups);
+      this.notePairs(part, products, done);
+      // The one read that a step waits for: which pairs are active.
+      const coefficients = this.normCoefficients(part, Array.from(await products.squares, Math.sqrt));
       if (coefficients.some((c) => c !== 0)) pass.recorded.addSquareGradients(coefficients, this.normGroups);
     } finally {
       pass.dispose();
@@ -246,11 +344,10 @@ export class SpoTask implements Task {
   }
 
   /** Of the squared norms in γ R, by ∇‖g‖ = ∇‖g‖² / 2‖g‖. */
-  private normCoefficients({ indices, totals }: Part, norms: readonly number[], done: Outcome): number[] {
+  private normCoefficients({ indices, totals }: Part, norms: readonly number[]): number[] {
     const count = indices.length;
     const divisors = this.normDivisors(indices);
     const scaled = norms.map((n, s) => n / divisors[s]);
-    done.norms(norms, scaled);
     const weight = (this.options.gamma * count) / totals.sequences;
     return normCoefficients(scaled, count, weight).map((c, s) => (norms[s] > 0 ? c / (divisors[s] * 2 * norms[s]) : 0));
   }
@@ -277,11 +374,9 @@ export class SpoTask implements Task {
     const divisors = this.normDivisors(indices);
     const options = { method: 'finite-differences', divisors } as const;
     const found = await addRegularizer(problem, indices.length, gamma, buffers, options);
-    const scaled = [...found.chosenNorms, ...found.rejectedNorms];
-    done.norms(
-      scaled.map((n, s) => n * divisors[s]),
-      scaled,
-    );
+    if (done.hasPairs) return;
+    const norms = [...found.chosenNorms, ...found.rejectedNorms].map((n, s) => n * divisors[s]);
+    done.pairs({ squares: Promise.resolve(norms.map((n) => n * n)), inner: null }, divisors);
   }
 
   // ---- metrics ------------------------------------------------------------------------------------------------------
@@ -320,11 +415,11 @@ export class SpoTask implements Task {
     const starOf = optimum.length > 0 ? optimum : sft;
     const sums = Promise.all([total(dpo), total(sft), total(starOf), gap ? total([gap]) : 0]);
     const parts = Promise.all(done.measured);
-    const regularizer = gamma > 0 ? done.regularizerMetrics() : { 'spo/regularizer': 0 };
-    return Promise.all([sums, step.metrics, parts, done.terms]).then(([values, ofStep, measured, terms]) => {
+    const reads = Promise.all([sums, step.metrics, parts, done.terms, done.gradientMetrics()]);
+    return reads.then(([values, ofStep, measured, terms, gradients]) => {
       const [dpoValue, sftValue, star, gapValue] = values;
       const sftStar = star - gapValue;
-      const parts = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: regularizer['spo/regularizer'] };
+      const parts = { dpo: dpoValue, sft: sftValue, sftStar, regularizer: gradients['spo/regularizer'] ?? 0 };
       return {
         loss: spoObjective(parts, { lambda, gamma }),
         'spo/lambda': lambda,
@@ -333,7 +428,7 @@ export class SpoTask implements Task {
         'spo/sft_star': sftStar,
         'spo/sft_gap': gap ? gapValue : sftValue - sftStar,
         'spo/first_order': Number(this.firstOrder),
-        ...regularizer,
+        ...gradients,
         ...terms,
         ...averageMetrics(this.merged(measured, chunks)),
         ...ofStep,
@@ -341,6 +436,17 @@ export class SpoTask implements Task {
       };
     });
   }
+}
+
+/** @throws KeelgradError for a lower level without a variable, and for passes that exclude each other */
+function requirePossible(trainable: Trainable, options: SpoTaskOptions): void {
+  const { gamma, lowerSteps, gradientCheckpointing, regularizerMethod } = options;
+  if (lowerSteps > 0 && !trainable.groups.includes('backbone'))
+    throw new KeelgradError(
+      `lower steps ${lowerSteps}: expected a trained backbone, the variable of the lower level, found it frozen; use lower steps 0`,
+    );
+  const conflict = checkpointingConflict({ gamma, gradientCheckpointing, regularizerMethod }, inWords);
+  if (conflict) throw new KeelgradError(conflict);
 }
 
 /** Something to be disposed of at the end of a block. */
@@ -352,10 +458,4 @@ class Disposable<T extends { dispose(): void }> {
   [Symbol.dispose](): void {
     this.of.dispose();
   }
-}
-
-function chunked<T>(items: readonly T[], size: number): T[][] {
-  const chunks: T[][] = [];
-  for (let i = 0; i < items.length; i += size) chunks.push(items.slice(i, i + size));
-  return chunks;
 }

@@ -1,7 +1,7 @@
 // What the terms (a) to (e) of SPO's gradient weigh in a step (spo.md §2): their norms, read off the buffers between the
 // passes. Those of the adapters, and (d), cost next to nothing; (c) and (e) take a pass over θ and a buffer of its size.
 import { GradientBuffers } from '../autograd/sinks.js';
-import { addInPlace, mul, sub } from '../ops/elementwise.js';
+import { add, addInPlace, mul, sub } from '../ops/elementwise.js';
 import { clone, zeros } from '../ops/movement.js';
 import { sumOfSquares } from '../optim/clip.js';
 import { accumulationDType, type DType } from '../tensor/dtype.js';
@@ -28,15 +28,18 @@ export interface TermWeights {
   penalizeAdapters: boolean;
   /** (c) and (e) as well. */
   all: boolean;
+  /** Whether there is a lower level; without one (b) is 0. */
+  lower: boolean;
 }
 
 export class TermMeter {
-  /** Where the derivatives of the regularizer go, by group; added to the gradients by `finishMain`. */
+  /** Where the derivatives of the regularizer go, by group; added to the gradients at the end of the main passes. */
   readonly regularizer: ReadonlyMap<GroupName, GradientBuffers>;
   private readonly trainable: Trainable;
   private readonly weights: TermWeights;
   private readonly squares = new Map<string, Tensor>();
-  private before: Map<string, Tensor> | null = null;
+  /** Of the adapters, while passes add to their gradient: what (b) is counted from, or (b) itself. */
+  private aside: Map<string, Tensor> | null = null;
 
   constructor(trainable: Trainable, weights: TermWeights, recorded: boolean) {
     const { model } = trainable;
@@ -48,55 +51,103 @@ export class TermMeter {
     for (const b of this.regularizer.values()) b.zero();
   }
 
-  /** After the main passes, with ∇L_SFT of both groups: (a), (c), (d), (e). */
-  finishMain(second: Buffers): void {
-    const { lambda, penalizeAdapters, all } = this.weights;
-    const of = (group: GroupName): Buffers => this.trainable.gradients.get(group)!.buffers;
+  // ---- L_SFT in the main pass ---------------------------------------------------------------------------------------
+
+  /** After the main passes, with ∇L_SFT of both groups where it is known: (a), (c), (d), (e). */
+  finishMain(second: Buffers | null): void {
+    const { lambda, penalizeAdapters, all, lower } = this.weights;
     scope(() => {
-      this.noteWithout('a', of('adapters'), second, penalizeAdapters ? lambda : 0);
-      this.note(
-        'd',
-        [...of('backbone').keys()].map((name) => second.get(name)!),
-        lambda,
-      );
-      this.noteSft(second);
-      if (all) this.noteWithout('c', of('backbone'), second, lambda);
-      for (const [group, { buffers }] of this.regularizer) {
-        this.note(group === 'adapters' ? 'e_phi' : 'e', buffers.values());
-        for (const [name, t] of of(group)) addInPlace(t, buffers.get(name)!);
-      }
+      this.noteWithout('a', this.of('adapters'), second, penalizeAdapters ? lambda : 0);
+      if (second) this.noteD(second);
+      if (second && lower) this.noteSft(second);
+      if (second && all) this.noteWithout('c', this.of('backbone'), second, lambda);
+      this.addRegularizer();
     });
-    for (const b of this.regularizer.values()) b.dispose();
-    this.before = new Map(
-      [...of('adapters')].map(([name, t]) => [name, detachFromScope(scope(() => this.penaltyStart(name, t, second)))]),
-    );
-  }
-
-  /** λ ∇_φ L_SFT, which (b) is a difference of two of. */
-  private noteSft(second: Buffers): void {
-    const { lambda } = this.weights;
-    this.note(
-      'sft',
-      [...this.trainable.model.adapters.keys()].map((name) => second.get(name)!),
-      lambda,
-    );
-  }
-
-  /** What (b) is counted from: the adapters' gradient without their half of it from the main pass. */
-  private penaltyStart(name: string, gradient: Tensor, second: Buffers): Tensor {
-    const { lambda, penalizeAdapters } = this.weights;
-    return penalizeAdapters ? sub(gradient, mul(second.get(name)!, lambda)) : clone(gradient);
+    this.aside = this.setAside((name, t) => {
+      // (b) is counted from the adapters' gradient without their half of it from the main pass.
+      return second && penalizeAdapters ? sub(t, mul(second.get(name)!, lambda)) : clone(t);
+    });
   }
 
   /** After the lower level: (b), and the gradient of each group that terms are shares of. */
   finishStep(): void {
-    const adapters = this.trainable.gradients.get('adapters')!.buffers;
     scope(() => {
-      this.noteWithout('b', adapters, this.before!, 1);
-      this.note('phi', adapters.values());
-      this.note('theta', this.trainable.gradients.get('backbone')!.buffers.values());
+      this.noteWithout('b', this.of('adapters'), this.aside!, 1);
+      this.noteWhole();
     });
-    this.dropBefore();
+    this.dropAside();
+  }
+
+  // ---- L_SFT in passes of its own -----------------------------------------------------------------------------------
+
+  /** λ ∇_θ L_SFT, from ∇L_SFT. */
+  noteD(sft: Buffers, scale = this.weights.lambda): void {
+    const tensors = [...this.of('backbone').keys()].map((name) => sft.get(name)!);
+    this.note('d', tensors, scale);
+  }
+
+  /** Before the main passes, when the adapters' gradient is (b) but for λ ∇_φ L_SFT, where that is given. */
+  startApart(sft: Buffers | null): void {
+    const { lambda } = this.weights;
+    this.aside = this.setAside((name, t) => (sft ? add(t, mul(sft.get(name)!, lambda)) : clone(t)));
+    this.note('b', this.aside.values());
+    if (sft) this.noteSft(sft);
+  }
+
+  /**
+   * After all passes: (a), (e) of the adapters, and the whole.
+   * @param known whether the adapters' gradient is (a) but for what `startApart` was given; else it is (a) and (b) in one
+   * @param penalty whether there is one: else the backbone's gradient is (c) alone
+   */
+  finishApart(known: boolean, penalty: boolean): void {
+    scope(() => {
+      if (known) {
+        this.noteWithout('a', this.of('adapters'), this.aside, this.aside ? 1 : 0);
+        this.noteZero('b');
+      }
+      if (!penalty) {
+        this.note('c', this.of('backbone').values());
+        this.noteZero('d');
+      }
+      this.addRegularizer();
+      this.noteWhole();
+    });
+    this.dropAside();
+  }
+
+  private of(group: GroupName): Buffers {
+    return this.trainable.gradients.get(group)!.buffers;
+  }
+
+  /** λ ∇_φ L_SFT, which (b) is a difference of two of. */
+  private noteSft(sft: Buffers): void {
+    this.note(
+      'sft',
+      [...this.trainable.model.adapters.keys()].map((name) => sft.get(name)!),
+      this.weights.lambda,
+    );
+  }
+
+  private noteWhole(): void {
+    this.note('phi', this.of('adapters').values());
+    this.note('theta', this.of('backbone').values());
+  }
+
+  /** (e) joins the gradients. */
+  private addRegularizer(): void {
+    for (const [group, { buffers }] of this.regularizer) {
+      this.note(group === 'adapters' ? 'e_phi' : 'e', buffers.values());
+      for (const [name, t] of this.of(group)) addInPlace(t, buffers.get(name)!);
+    }
+    for (const b of this.regularizer.values()) b.dispose();
+  }
+
+  private setAside(make: (name: string, gradient: Tensor) => Tensor): Map<string, Tensor> {
+    const copies = [...this.of('adapters')].map(([name, t]): [string, Tensor] => [
+      name,
+      detachFromScope(scope(() => make(name, t))),
+    ]);
+    return new Map(copies);
   }
 
   /** Norms, and their shares of the norm of the gradient of θ or φ. */
@@ -128,12 +179,18 @@ export class TermMeter {
   dispose(): void {
     for (const t of this.squares.values()) t.dispose();
     for (const b of this.regularizer.values()) b.dispose();
-    this.dropBefore();
+    this.dropAside();
   }
 
-  private dropBefore(): void {
-    for (const t of this.before?.values() ?? []) t.dispose();
-    this.before = null;
+  private dropAside(): void {
+    for (const t of this.aside?.values() ?? []) t.dispose();
+    this.aside = null;
+  }
+
+  /** A term that is nothing, unless it was measured. */
+  private noteZero(name: string): void {
+    const { device } = this.trainable.model;
+    if (!this.squares.has(name)) this.squares.set(name, detachFromScope(zeros([1], { dtype: 'float64', device })));
   }
 
   private note(name: string, tensors: Iterable<Tensor>, scale = 1): void {
@@ -141,11 +198,11 @@ export class TermMeter {
   }
 
   /** |from - scale · other|², one tensor at a time. */
-  private noteWithout(name: string, from: Buffers, other: Buffers, scale: number): void {
+  private noteWithout(name: string, from: Buffers, other: Buffers | null, scale: number): void {
     const total = scope(() => {
       const sum = zeros([1], { dtype: 'float64', device: this.trainable.model.device });
       for (const [key, t] of from)
-        scope(() => addInPlace(sum, sumOfSquares([scale === 0 ? t : sub(t, mul(other.get(key)!, scale))])));
+        scope(() => addInPlace(sum, sumOfSquares([scale === 0 ? t : sub(t, mul(other!.get(key)!, scale))])));
       return sum;
     });
     this.squares.set(name, detachFromScope(total));

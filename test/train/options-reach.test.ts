@@ -6,7 +6,7 @@ import { beforeAll, describe, expect, it } from 'vitest';
 import { preferenceLossNames } from '../../src/objectives/preference/facts.js';
 import { type OptionKey, optionsOf, type TrainMethod } from '../../src/train/options.js';
 import { makeModelFolder } from '../fixtures/make.js';
-import { fixtureCompletions, fixturePairs, type Given, temporaryFolder, train } from './support.js';
+import { fixtureCompletions, fixturePairs, type Given, stable, temporaryFolder, train } from './support.js';
 
 const folder = temporaryFolder();
 let model: string;
@@ -215,8 +215,11 @@ const base: Readonly<Record<TrainMethod, Given>> = {
   spo: { 'learning-rate': 1e-3, 'max-steps': 3, 'batch-size': 2, 'lora-r': 8, 'lower-learning-rate': 0.1 },
 };
 
-/** Options that say where things are, or what must not change a result; `termNorms` changes what is reported. */
-const elsewhere = ['model', 'data', 'output', 'overwrite', 'device', 'threads', 'termNorms'];
+/** Options that say where things are, or what must not change a result but what is reported or kept in memory. */
+const elsewhere = [
+  ...['model', 'data', 'output', 'overwrite', 'device', 'threads'],
+  ...['termNorms', 'gradNorms', 'gradientCheckpointing'],
+];
 /** Options that the base's own adapter settings would make dead, or that dpo and spo refuse. */
 const refusedHere: Readonly<Record<TrainMethod, readonly string[]>> = {
   sft: [],
@@ -259,6 +262,48 @@ describe.each(['sft', 'dpo', 'spo'] as const)('%s', (method) => {
   it('the number of threads does not', async () => {
     expect(await fingerprint(method, { ...base[method], threads: 1 })).toBe(await remembered(base[method]));
   });
+});
+
+describe('gradientCheckpointing', () => {
+  it.each([
+    ['sft', { 'lora-dropout': 0.1, 'gradient-accumulation-steps': 2 }],
+    ['dpo', { 'gradient-accumulation-steps': 2, 'nll-weight': 0.5 }],
+    ['spo', { 'gradient-accumulation-steps': 2, 'lower-steps': 2 }],
+    ['spo', { 'ld-alpha': 0.5 }],
+    ['spo', { dtype: 'bfloat16' }],
+  ] as const)('%s learns the same, bit for bit (%j)', async (method, more) => {
+    const data = folder.write('long.json', method === 'sft' ? fixtureCompletions(9) : fixturePairs(9));
+    const given = { model, data, ...base[method], ...more };
+    const plain = await train(method, given);
+    const saving = await train(method, { ...given, 'gradient-checkpointing': true });
+    expect(savedBytes(saving.result.output)).toBe(savedBytes(plain.result.output));
+    expect(stable(saving.metrics)).toEqual(stable(plain.metrics));
+    expect(saving.record.options['gradient-checkpointing']).toBe(true);
+    expect(plain.record.options['gradient-checkpointing']).toBe(false);
+  });
+});
+
+it.each([
+  ['auto', 'off'],
+  ['on', 'auto'],
+])('gradNorms %s changes what spo reports beside %s, not what it learns', async (more, less) => {
+  const data = folder.write('pairs-norms.json', fixturePairs(7));
+  const given = {
+    model,
+    data,
+    ...base.spo,
+    ...(less === 'auto' && { 'lower-steps': 0, 'lower-learning-rate': undefined }),
+  };
+  const [reported, without] = [
+    await train('spo', { ...given, 'grad-norms': more }),
+    await train('spo', { ...given, 'grad-norms': less }),
+  ];
+  const added = Object.keys(reported.metrics[0]).filter((name) => !(name in without.metrics[0]));
+  expect(added.sort()).toEqual([
+    ...['grad_cosine', 'grad_norm/chosen', 'grad_norm/rejected', 'spo/active_fraction', 'spo/regularizer'],
+  ]);
+  // Gradients are added up in another order.
+  for (const [i, { loss }] of without.metrics.entries()) expect(reported.metrics[i].loss).toBeCloseTo(loss, 4);
 });
 
 it.each([

@@ -64,6 +64,7 @@ const common = {
   weightDecay: 0,
   weightDecayParams: 'matrices',
   maxGradNorm: 1,
+  gradientCheckpointing: false,
   maxLength: 1024,
   shuffle: true,
   loraR: 16,
@@ -184,6 +185,7 @@ const documented = {
     lowerSolver: 'gradient',
     lowerWarmStart: false,
     termNorms: false,
+    gradNorms: 'auto',
     learningRate: undefined,
     learningRateBackbone: 1e-5,
     learningRateAdapters: 1e-5,
@@ -571,7 +573,13 @@ describe('combinations in which an option would do nothing', () => {
     ['spo', { lowerSteps: 0, lowerSolver: 'adam' }, '--lower-solver has no effect with --lower-steps 0'],
     ['spo', { lowerSteps: 0, lowerWarmStart: true }, '--lower-warm-start has no effect with --lower-steps 0'],
     ['spo', { lowerSteps: 0, penaltyForm: 'first-order' }, '--penalty-form has no effect with --lower-steps 0'],
-    ['spo', { lowerSteps: 0, termNorms: true }, '--term-norms has no effect with --lower-steps 0'],
+    [
+      'spo',
+      { gamma: 0.1, gradNorms: 'off' },
+      '--grad-norms has no effect with --gamma 0.1: the regularizer needs these',
+    ],
+    ['spo', { preset: 'recommended', gradNorms: 'off' }, '--grad-norms has no effect with --gamma 0.01'],
+    ['spo', { gradNorms: 'off', normOver: 'adapters' }, '--norm-over has no effect with --gamma 0'],
     [
       'spo',
       { lowerSolver: 'momentum' },
@@ -606,6 +614,11 @@ describe('combinations in which an option would do nothing', () => {
     ['sft', { optimizer: 'sgd', momentum: 0.9 }],
     ['sft', { lrSchedule: 'constant', warmupSteps: 0 }],
     ['spo', { gamma: 0, normOver: 'all', lowerSteps: 0 }],
+    ['spo', { gradNorms: 'on', normOver: 'backbone', normPerToken: true, lowerSteps: 0, termNorms: true }],
+    ['spo', { gradNorms: 'off', gradientCheckpointing: true }],
+    ['spo', { gradientCheckpointing: true, gamma: 0.1, regularizerMethod: 'finite-differences' }],
+    ['spo', { learningRateBackbone: 0, lowerSteps: 0 }],
+    ['spo', { learningRate: 0 }],
     ['spo', { gamma: 0.1, normOver: 'backbone', adapter: 'a' }],
     ['spo', { regularizerMethod: 'exact', penaltyForm: 'auto', lambdaSchedule: 'constant', lowerSolver: 'gradient' }],
     ['spo', { normPerToken: false, lowerWarmStart: false, termNorms: false, lowerSteps: 0, lambda: 0 }],
@@ -780,6 +793,22 @@ describe('lists', () => {
     [{ loraTargets: 'lm_head' }, 'expected all-linear, or names or module paths that end in q_proj'],
   ])('%j', (given, message) => {
     expect(refusal('dpo', given)).toContain(message);
+  });
+});
+
+describe('settings of spo that exclude each other', () => {
+  it.each([
+    [
+      { learningRateBackbone: 0 },
+      /^--learning-rate-backbone 0 freezes the backbone, which is the variable of the lower level: its step leads to .*; use --lower-steps 0 for .*, or a learning rate above 0/,
+    ],
+    [{ learningRateBackbone: 0, lowerSteps: 3 }, /freezes the backbone.* its 3 steps lead to/],
+    [
+      { gradientCheckpointing: true, gamma: 0.1 },
+      /^--gradient-checkpointing cannot be had with --gamma 0.1: the regularizer's second derivatives need .* or use --gamma 0 or --regularizer-method finite-differences/,
+    ],
+  ])('%j', (given, message) => {
+    expect(refusal('spo', given)).toMatch(message);
   });
 });
 

@@ -99,6 +99,25 @@ const byMax1 = (found: number, expected: number): number =>
   Math.abs(found - expected) / Math.max(1, Math.abs(expected));
 const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
 
+/** What is recorded of the gradients of each pair. */
+interface Geometry {
+  readonly norm_g_w: number[];
+  readonly norm_g_l: number[];
+  readonly cosine: number[];
+}
+
+function expectGradientMetrics(metrics: Metrics, golden: Geometry, tolerance: number): void {
+  const { norm_g_w: w, norm_g_l: l } = golden;
+  const expected = {
+    'grad_norm/chosen': mean(w),
+    'grad_norm/rejected': mean(l),
+    'spo/active_fraction': mean(w.map((n, i) => Number(n > l[i]))),
+    grad_cosine: mean(golden.cosine),
+  };
+  for (const [name, value] of Object.entries(expected))
+    expect(byMax1(metrics[name], value), name).toBeLessThan(tolerance);
+}
+
 function expectMetrics(metrics: Metrics, golden: Readonly<Record<string, never>>, tolerance: number): void {
   const { F, L_DPO, L_pref, L_SFT, L_SFT_K, sft_gap, R } = golden;
   const expected: Record<string, number> = {
@@ -107,7 +126,7 @@ function expectMetrics(metrics: Metrics, golden: Readonly<Record<string, never>>
     'spo/sft': L_SFT,
     'spo/sft_star': L_SFT_K,
     'spo/sft_gap': sft_gap,
-    ...(golden.gamma === 0 ? { 'spo/regularizer': 0 } : { 'spo/regularizer': R }),
+    'spo/regularizer': R,
   };
   for (const [name, value] of Object.entries(expected))
     expect(byMax1(metrics[name], value), name).toBeLessThan(tolerance);
@@ -149,14 +168,11 @@ describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
   it.each(cases)('%s %s in %s', async (name, setting, dtype) => {
     const golden = settingOf(name, setting);
     const tolerance = tolerances[dtype];
-    const { metrics, gradient } = await evaluate(name, dtype, optionsOf(golden));
+    const { metrics, gradient } = await evaluate(name, dtype, { ...optionsOf(golden), gradNorms: 'on' });
+    expectGradientMetrics(metrics, readSpo(name, 'eval.json').geometry[golden.over], tolerance.value);
     expectMetrics(metrics, golden, tolerance.value);
     expect(byMax1(metrics['logps/chosen'], mean(golden.chosen_logps))).toBeLessThan(tolerance.value);
     expect(byMax1(metrics['logps/rejected'], mean(golden.rejected_logps))).toBeLessThan(tolerance.value);
-    if (golden.gamma > 0) {
-      expect(byMax1(metrics['grad_norm/chosen'], mean(golden.norm_g_w))).toBeLessThan(tolerance.value);
-      expect(byMax1(metrics['grad_norm/rejected'], mean(golden.norm_g_l))).toBeLessThan(tolerance.value);
-    }
     const expected = await readTensors(spoFile(name, 'spo.safetensors'), `${setting}/grad/`);
     for (const group of both)
       expect(relativeError(groupPart(gradient, group), groupPart(expected, group)), group).toBeLessThan(
