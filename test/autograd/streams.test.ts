@@ -48,6 +48,41 @@ describe('ops without a rule for separate gradients', () => {
   });
 });
 
+it('an op without a rule is found before any sink has taken anything', () => {
+  scope(() => {
+    using streams = streamsOfOne(3);
+    const taken: unknown[] = [];
+    const sink = { accept: (c: unknown) => void taken.push(c), buffer: null };
+    const run = (): unknown =>
+      differentiate(
+        [f64(1, 2, 3), f64(4, 5, 6)],
+        ([x, w]) => x.exp().add(w),
+        (y) => [{ tensor: y, cotangent: f64(1, 1, 1) }],
+        { streams, sinks: [sink, sink] },
+      );
+    expect(run).toThrow(/\[(exp|add)\] has no rule/);
+    expect(taken).toEqual([]);
+  });
+});
+
+it('groups of sequences need their targets in order', () => {
+  const parts = [0, 1].map((s) => ({ segments: [s], targets: { start: 2 * s, length: 2 } }));
+  const ints = Int32Array.of(0, 1, 2, 3);
+  const t = (): Tensor => Tensor.from(ints);
+  scope(() => {
+    const make = (groups: number[][]): SequenceStreams =>
+      new SequenceStreams(
+        SegmentLayout.sequences([2, 2]),
+        parts,
+        { tokens: ints, targetRows: ints, targetIds: ints },
+        { ids: t(), targetRows: t(), targetOrder: t() },
+        groups,
+      );
+    make([[0, 1]]).dispose();
+    expect(() => make([[1, 0]])).toThrow(/expected the targets of a group in its order, found some at 0, not at 4/);
+  });
+});
+
 describe('suspend', () => {
   it('pulls back later, after other transforms have run', () => {
     scope(() => {

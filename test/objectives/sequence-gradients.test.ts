@@ -5,13 +5,17 @@ import type { SequenceParameter } from '../../src/autograd/sequence-sinks.js';
 import { AccumulatingSink } from '../../src/autograd/sinks.js';
 import { packPairs, uploadBatch } from '../../src/data/packing.js';
 import type { CausalLM } from '../../src/models/causal-lm.js';
-import { accumulateSequenceGradients, RecordedGradients } from '../../src/objectives/sequence-gradients.js';
+import {
+  accumulateSequenceGradients,
+  measureSequenceGradients,
+  RecordedGradients,
+} from '../../src/objectives/sequence-gradients.js';
 import { fill, zeros, zerosLike } from '../../src/ops/movement.js';
 import { accumulationDType } from '../../src/tensor/dtype.js';
 import { scope } from '../../src/tensor/scope.js';
 import { memory } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
-import { rowPerTarget, streamsOf } from '../../src/train/sequence-batch.js';
+import { pairsOf, rowPerTarget, streamsOf } from '../../src/train/sequence-batch.js';
 import { replaceGroups, tensorsOf } from '../../src/train/task.js';
 import { describeWithShared } from '../shared.js';
 import { norm, readTensors, relativeError, type Tensors } from '../train/support.js';
@@ -41,8 +45,8 @@ interface Wanted {
   readonly from?: number;
   /** Squares of each parameter apart, in place of those by group. */
   readonly byTensor?: boolean;
-  /** The inner product of the two sequences of one pair. */
-  readonly inner?: boolean;
+  /** The two sequences of each pair together, with their inner products. */
+  readonly byPair?: boolean;
 }
 
 /** A recorded pass over the first pairs of batch 0, and buffers for gradients of norms. */
@@ -50,7 +54,7 @@ function record(
   model: CausalLM,
   name: ModelName,
   count: number,
-  { coefficients, from = 0, byTensor = false, inner = false }: Wanted = {},
+  { coefficients, from = 0, byTensor = false, byPair = false }: Wanted = {},
 ) {
   const examples = examplesOf(name).slice(from, from + count);
   const variables = tensorsOf(model.parameters, both);
@@ -58,11 +62,13 @@ function record(
   const first = variables.map((t) => zerosLike(t));
   const second = variables.map((t) => zerosLike(t));
   const names = namesOf(model);
-  const packed = rowPerTarget(packPairs(examples));
+  const pairs = packPairs(examples);
+  const groups = byPair ? pairsOf(pairs) : undefined;
+  const packed = rowPerTarget(pairs, groups?.flat());
   const dtype = accumulationDType(model.dtype);
   const recorded = scope(() => {
     const tensors = uploadBatch(packed, model.device, dtype);
-    const streams = streamsOf(packed, 'pairs', tensors, inner);
+    const streams = streamsOf(packed, 'pairs', tensors, groups);
     const parameters = names.map(
       (key, i): SequenceParameter => ({
         name: key,
@@ -103,6 +109,9 @@ const tolerances: Record<Precision, { logp: number; norm: number; hvp: number; g
   float64: { logp: 1e-11, norm: 1e-11, hvp: 1e-10, gradient: 1e-11 },
   float32: { logp: 1e-4, norm: 1e-5, hvp: 1e-4, gradient: 1e-5 },
 };
+
+const byMax1 = (found: number, expected: number): number =>
+  Math.abs(found - expected) / Math.max(1, Math.abs(expected));
 
 /** log π and its gradient for each sequence of the first two pairs, one at a time: pair 0 chosen, rejected, pair 1. */
 const pairGradients = (model: CausalLM, name: ModelName) =>
@@ -180,7 +189,7 @@ describeWithShared('sequences of a shared prompt', GOLDEN_SPO, () => {
           }
         for (const g of found) g.dispose();
         for (const pair of [0, 1]) {
-          const { recorded, dispose } = record(model, name, 1, { from: pair, inner: true });
+          const { recorded, dispose } = record(model, name, 1, { from: pair, byPair: true });
           const inner = overs[over].reduce((n, group) => n + recorded.innerProducts.get(group)!.dataSync()[0], 0);
           const [w, l] = [2 * pair, 2 * pair + 1];
           expect(Math.abs(inner - expected[w][l]) / size(w, l), `${over}, pair ${pair}`).toBeLessThan(tolerance.norm);
@@ -220,38 +229,76 @@ describeWithShared('sequences of a shared prompt', GOLDEN_SPO, () => {
       },
     );
 
-    it('two gradients with coefficients of their own, with squares and without', async () => {
+    it('squares, inner products and H v of several pairs, the two of each together', async () => {
       using model = await openSpoModel(name, dtype);
-      const coefficients = [
-        [0.3, -0.7, 1.1, 0.2],
-        [-0.5, 0.25, 0, 0],
-      ];
-      const expected = coefficients.map(
-        (c) =>
-          gradientOf(model, (p) => {
-            const { chosen, rejected } = pairLogProbsOf(model, p, examplesOf(name).slice(0, 2));
-            const weights = (part: number[]): Tensor => Tensor.from(Float64Array.from(part), { dtype });
-            return chosen
-              .mul(weights(c.slice(0, 2)))
-              .sum()
-              .add(rejected.mul(weights(c.slice(2))).sum());
-          }).gradient,
-      );
-      const { first, second, names, problem, dispose } = record(model, name, 2, { coefficients });
-      const check = (): void =>
-        [first, second].forEach((buffers, i) => {
-          const found: Tensors = onHost(names, buffers);
-          for (const group of both)
-            expect(relativeError(groupPart(found, group), groupPart(expected[i], group))).toBeLessThan(
-              tolerance.gradient,
-            );
+      const [one, pairs] = [record(model, name, 4), record(model, name, 4, { byPair: true })];
+      for (const group of both) {
+        const [expected, found] = [one, pairs].map((r) => r.recorded.squaredNorms.get(group)!.dataSync());
+        found.forEach((n, s) => {
+          expect(Math.abs(n / expected[s] - 1)).toBeLessThan(tolerance.norm);
         });
-      check();
-      for (const t of [...first, ...second]) fill(t, 0);
-      scope(() => void accumulateSequenceGradients(problem));
-      check();
+      }
+      expect(one.recorded.innerProducts.size).toBe(0);
+      const { inner } = readSpo(name, 'eval.json').geometry.all;
+      const found = both.map((group) => pairs.recorded.innerProducts.get(group)!.dataSync());
+      inner.forEach((expected: number, i: number) => {
+        expect(byMax1(found[0][i] + found[1][i], expected)).toBeLessThan(10 * tolerance.norm);
+      });
+      const coefficients = [0.1, -0.2, 0, 0.4, 0.05, 0, -0.3, 0.2];
+      for (const { recorded } of [one, pairs]) recorded.addSquareGradients(coefficients, new Set(both));
+      const [expected, hvp] = [one, pairs].map(({ names, buffers }) => onHost(names, buffers));
+      expect(relativeError(hvp, expected)).toBeLessThan(tolerance.hvp);
+      for (const { dispose } of [one, pairs]) dispose();
+    });
+
+    it('squares and inner products from a pass that records nothing', async () => {
+      using model = await openSpoModel(name, dtype);
+      const { recorded, problem, dispose } = record(model, name, 3, { byPair: true });
+      scope(() => {
+        const plain = measureSequenceGradients(problem);
+        for (const kind of ['squaredNorms', 'innerProducts'] as const)
+          for (const group of both)
+            expect([...plain[kind].get(group)!.dataSync()]).toEqual([...recorded[kind].get(group)!.dataSync()]);
+      });
       dispose();
     });
+
+    it.each([false, true])(
+      'two gradients with coefficients of their own, with squares and without (by pair: %s)',
+      async (byPair) => {
+        using model = await openSpoModel(name, dtype);
+        // The second takes the chosen ones alone, whatever it is given for others.
+        const coefficients = [
+          [0.3, -0.7, 1.1, 0.2],
+          [-0.5, 0.25, 7, -9],
+        ];
+        const expected = coefficients.map(
+          (c, which) =>
+            gradientOf(model, (p) => {
+              const { chosen, rejected } = pairLogProbsOf(model, p, examplesOf(name).slice(0, 2));
+              const weights = (part: number[]): Tensor => Tensor.from(Float64Array.from(part), { dtype });
+              return chosen
+                .mul(weights(c.slice(0, 2)))
+                .sum()
+                .add(rejected.mul(weights(which === 1 ? [0, 0] : c.slice(2))).sum());
+            }).gradient,
+        );
+        const { first, second, names, problem, dispose } = record(model, name, 2, { coefficients, byPair });
+        const check = (): void =>
+          [first, second].forEach((buffers, i) => {
+            const found: Tensors = onHost(names, buffers);
+            for (const group of both)
+              expect(relativeError(groupPart(found, group), groupPart(expected[i], group))).toBeLessThan(
+                tolerance.gradient,
+              );
+          });
+        check();
+        for (const t of [...first, ...second]) fill(t, 0);
+        scope(() => void accumulateSequenceGradients(problem));
+        check();
+        dispose();
+      },
+    );
   });
 
   it('leaves nothing behind', async () => {
