@@ -21,6 +21,7 @@ describe('a run of spo', () => {
   it.each([
     { 'lower-learning-rate': 1e-12 },
     { 'lower-learning-rate': 1e-12, lambda: 5, gamma: 0.1 },
+    { 'lower-learning-rate': 1e-12, 'ld-alpha': 0.5 },
     { dtype: 'bfloat16', 'penalty-form': 'difference', 'lower-learning-rate': 1e-9 },
   ])('whose term (b) is rounding says so once: %j', async (given) => {
     const found = await run(given);
@@ -46,7 +47,9 @@ describe('a run of spo', () => {
     { 'lower-learning-rate': 1e-9, dtype: 'float64' },
     { lambda: 0 },
     { 'lower-learning-rate': 1e-2, 'lambda-schedule': 'linear', 'lambda-ramp-steps': 3, gamma: 0.1 },
+    { lambda: 0, gamma: 0.1 },
     { 'lower-steps': 0 },
+    { 'lower-steps': 0, 'term-norms': true },
   ])('whose term (b) is more, or no difference, does not: %j', async (given) => {
     expect(warnings(await run(given))).toEqual([]);
   });

@@ -14,6 +14,7 @@ import {
   both,
   examplesOf,
   GOLDEN_SPO,
+  groupPart,
   namesOf,
   onHost,
   openSpoModel,
@@ -21,7 +22,7 @@ import {
   readSpo,
 } from '../objectives/spo-support.js';
 import { describeWithShared } from '../shared.js';
-import { relativeError, type Tensors } from './support.js';
+import { difference, norm, relativeError, type Tensors } from './support.js';
 
 const common: SpoTaskOptions = {
   beta: 0.5,
@@ -251,6 +252,52 @@ describeWithShared('an op that cannot keep the gradients of sequences apart', GO
     withUnstreamedOp();
     await expect(evaluate(given)).rejects.toThrow(message);
     expect(memory().storages).toBe(before);
+  });
+});
+
+describeWithShared('the terms of a step', GOLDEN_SPO, () => {
+  /** Norms put together from whole gradients: what a change of λ, γ and K makes of them. */
+  async function expected(given: Partial<SpoTaskOptions>): Promise<Record<string, number>> {
+    const at = async (more: Partial<SpoTaskOptions>): Promise<Tensors> =>
+      (await evaluate({ ...given, termNorms: false, ...more })).gradient;
+    const [plain, penalized, whole] = [await at({ lambda: 0, gamma: 0 }), await at({ gamma: 0 }), await at({})];
+    const part = (g: Tensors, group: GroupName): number => norm(groupPart(g, group));
+    const [penalty, regularizer] = [difference(penalized, plain), difference(whole, penalized)];
+    return {
+      a: part(plain, 'adapters'),
+      b: part(penalty, 'adapters'),
+      c: part(plain, 'backbone'),
+      d: part(penalty, 'backbone'),
+      e: part(regularizer, 'backbone'),
+      e_phi: part(regularizer, 'adapters'),
+      phi: part(whole, 'adapters'),
+      theta: part(whole, 'backbone'),
+    };
+  }
+
+  it.each([
+    [{ gamma: 0, lowerSteps: 0 }, ['a', 'b']],
+    [{ lowerSteps: 0 }, ['a', 'b', 'e_phi']],
+    [{ lowerSteps: 0, termNorms: true }, ['a', 'b', 'c', 'd', 'e', 'e_phi']],
+    [{ gamma: 0, lambda: 0 }, ['a', 'b', 'c', 'd']],
+    [{ gamma: 0, ldAlpha: 0.5 }, ['a', 'b', 'd']],
+    [{ ldAlpha: 0.5 }, ['a', 'b', 'd', 'e_phi']],
+    [{ ldAlpha: 0.5, regularizerMethod: 'finite-differences' }, ['a', 'b', 'd', 'e_phi']],
+    [{ ldAlpha: 0.5, lowerSteps: 0, gamma: 0 }, ['a', 'b']],
+    [{ ldAlpha: 0.5, penaltyForm: 'first-order' }, ['a', 'b', 'd', 'e_phi']],
+    [{ ldAlpha: 0.5, gamma: 0, lowerSolver: 'adam', lowerLearningRate: 1e-3 }, ['a', 'b', 'd']],
+  ] as const)('%j: %j, and their shares', async (given, terms) => {
+    const { metrics } = await evaluate(given);
+    const found = Object.keys(metrics).flatMap((name) => /^spo\/term_(?!.*rounding)(.*)/.exec(name)?.[1] ?? []);
+    expect(found.sort()).toEqual([...terms]);
+    const norms = await expected(given);
+    for (const term of terms) {
+      expect(metrics[`spo/term_${term}`], term).toBeCloseTo(norms[term], 8);
+      const whole = norms[['a', 'b', 'e_phi'].includes(term) ? 'phi' : 'theta'];
+      expect(metrics[`spo/share_${term}`], `share of ${term}`).toBeCloseTo(norms[term] / whole, 8);
+    }
+    const isDifference = given.gamma !== undefined && 'ldAlpha' in given && !('lowerSteps' in given);
+    if (isDifference) expect(metrics['spo/term_b_rounding']).toBeGreaterThan(0);
   });
 });
 
