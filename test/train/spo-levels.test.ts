@@ -202,7 +202,11 @@ describeWithShared('lower.json by the lower level of a step', GOLDEN_SPO, () => 
       const examples = examplesOf(name);
       const trainable = new Trainable(model, both);
       const objective = new PreferenceObjective(model, examples, null, { beta: 0.5 });
-      const passes = new SpoPasses(trainable, examples, objective, { sftReduction: reduction, penalizeAdapters: true });
+      const passes = new SpoPasses(trainable, examples, objective, {
+        sftReduction: reduction,
+        penalizeAdapters: true,
+        checkpointing: false,
+      });
       const options = { lowerSteps: K, lowerLearningRate: alpha };
       const level = new SpoLowerLevel(trainable, passes, options, () => model.backbone);
       const tokens = examples.reduce((n, e) => n + e.chosenIds.length, 0);

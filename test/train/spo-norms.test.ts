@@ -212,11 +212,12 @@ describe('parts of a recorded pass', () => {
 });
 
 describeWithShared('an op that cannot keep the gradients of sequences apart', GOLDEN_SPO, () => {
-  /** The model with such an op, which changes nothing, behind its blocks. */
+  /** The model with such an op, which changes nothing, at the end of each block. */
   const withUnstreamedOp = (): void => {
-    const hidden = CausalLM.prototype.hidden;
-    vi.spyOn(CausalLM.prototype, 'hidden').mockImplementation(function (this: CausalLM, ...args) {
-      return mul(hidden.apply(this, args), 1);
+    const blocks = CausalLM.prototype as unknown as { block: (...args: unknown[]) => Tensor };
+    const { block } = blocks;
+    vi.spyOn(blocks, 'block').mockImplementation(function (this: CausalLM, ...args) {
+      return mul(block.apply(this, args), 1);
     });
   };
 
