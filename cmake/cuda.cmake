@@ -2,10 +2,9 @@
 # Without one the addon has no CUDA backend, and a line says so; nothing else changes.
 #
 # Environment: KEELGRAD_CUDA=0 leaves it out, =1 makes its absence an error. nvcc is looked for in CUDA_HOME, CUDA_PATH,
-# PATH, /usr/local/cuda and pip's folders (nvidia/cu13). CMake option KG_PARTIAL: kernels may be missing.
+# PATH, /usr/local/cuda and pip's folders (nvidia/cu13).
 
 set(KG_LEAST_NVCC 12.0)
-option(KG_PARTIAL "Rows of the CUDA kernel table may be missing" OFF)
 
 # One line for who builds; an error where CUDA is asked for.
 macro(keelgrad_without_cuda why)
@@ -128,7 +127,7 @@ endforeach()
 add_library(keelgrad_cuda OBJECT ${KG_CUDA_HOST})
 target_include_directories(keelgrad_cuda PRIVATE native)
 target_include_directories(keelgrad_cuda SYSTEM PRIVATE ${KG_CUDA_INCLUDE})
-target_compile_definitions(keelgrad_cuda PRIVATE KG_CUDA $<$<BOOL:${KG_PARTIAL}>:KG_PARTIAL>)
+target_compile_definitions(keelgrad_cuda PRIVATE KG_CUDA)
 target_compile_options(keelgrad_cuda PRIVATE -O2 -Wall -Wextra)
 
 message(NOTICE "keelgrad: building with CUDA ${KG_NVCC_VERSION} (${KG_NVCC}) for ${KG_CUDA_NAMES} and PTX")
