@@ -21,17 +21,39 @@ void check(cudaError_t status, const char* what) {
   fail("CUDA: %s in %s", cudaGetErrorString(status), what);
 }
 
+namespace {
+
+constexpr size_t kSharedUnasked = 48 * 1024;  // static and dynamic bytes of a block together
+
+struct SharedLimit {
+  size_t fixed = 0;    // bytes of static arrays
+  size_t allowed = 0;  // dynamic ones
+};
+
+SharedLimit sharedLimitOf(const void* kernel) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  const size_t fixed = attributes.sharedSizeBytes;
+  return {fixed, fixed < kSharedUnasked ? kSharedUnasked - fixed : 0};
+}
+
+}  // namespace
+
 void allowShared(const Context& on, const void* kernel, size_t bytes) {
   static std::mutex mutex;
-  static std::map<std::pair<const void*, int>, size_t> allowed;
-  if (bytes > static_cast<size_t>(on.sharedMemoryPerBlock))
-    fail("expected at most %d bytes of shared memory a block on this GPU, found %zu", on.sharedMemoryPerBlock, bytes);
+  static std::map<std::pair<const void*, int>, SharedLimit> limits;
   const std::lock_guard<std::mutex> lock(mutex);
-  size_t& limit = allowed[{kernel, on.device}];
-  if (limit >= bytes) return;
+  const auto at = limits.find({kernel, on.device});
+  SharedLimit& limit = at != limits.end()
+                           ? at->second
+                           : limits.emplace(std::pair(kernel, on.device), sharedLimitOf(kernel)).first->second;
+  if (limit.allowed >= bytes) return;
+  if (limit.fixed + bytes > static_cast<size_t>(on.sharedMemoryPerBlock))
+    fail("expected at most %d bytes of shared memory a block on this GPU, found %zu", on.sharedMemoryPerBlock,
+         limit.fixed + bytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
         "cudaFuncSetAttribute");
-  limit = bytes;
+  limit.allowed = bytes;
 }
 
 namespace {

@@ -70,7 +70,8 @@ void* acquire(const Call& call, size_t bytes, const char* what);
 
 // Throws "CUDA: <error> in <what>".
 void check(cudaError_t status, const char* what);
-// Raises a kernel's dynamic shared memory limit, once a kernel and device.
+// Raises a kernel's limit of dynamic shared memory where these bytes and its static arrays are more than a block may
+// have unasked (48 KiB), once a kernel and device.
 void allowShared(const Context& context, const void* kernel, size_t bytes);
 
 #ifdef KG_DEVICE_CODE
@@ -86,7 +87,7 @@ void launch(const Call& call, LaunchShape shape, void (*kernel)(P...), A... argu
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
   const Context& on = context(call);
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shape.shared > 48 * 1024) allowShared(on, function, shape.shared);
+  if (shape.shared > 0) allowShared(on, function, shape.shared);
 #ifdef KG_SIMT
   check(simt::launch(shape.grid, dim3(shape.threads), shape.shared, on.stream, kernel, static_cast<P>(arguments)...),
         "launch");

@@ -31,6 +31,10 @@ const findings: Record<string, RegExp> = {
   'divergent warp collective': /divergent warp collective: lane 0 is at the shuffle .*, lane 16 is at the shuffle/,
   'misaligned asynchronous copy': /the global end of a 16-byte copy is not 16-byte aligned: .*faults.cc:\d+ in/,
   'misaligned matrix row': /a row of loadMatrix4 is not 16-byte aligned: .*faults.cc:\d+ in/,
+  'too much shared memory without opt-in':
+    /too much shared memory without opt-in: 512 bytes of static arrays and 48656 dynamic ones, 49152 are the limit/,
+  'too much shared memory with opt-in':
+    /too much shared memory: 512 bytes of static arrays and 100880 dynamic ones, 101376 are the limit together/,
   'too much static shared memory': /too much shared memory: 49168 bytes of static arrays, 49152 are the limit/,
 };
 
@@ -43,6 +47,14 @@ const errors: Record<string, [error: string, remark: RegExp]> = {
   'too much dynamic shared memory': [
     'invalid argument',
     /too much shared memory: 102400 bytes for .*fillOnes; .* 101376/,
+  ],
+  'too much dynamic shared memory without opt-in': [
+    'invalid argument',
+    /too much shared memory: 49168 bytes for .*fillOnes; it may have 49152, and more by cudaFuncSetAttribute/,
+  ],
+  'shared memory beyond its opt-in': [
+    'invalid argument',
+    /too much shared memory: 65552 bytes for .*staticBesideDynamic; it may have 65536/,
   ],
   'too many threads': ['invalid configuration argument', /bad launch size: blocks of \(1056, 1, 1\) threads/],
   'threads that are no whole warps': ['invalid configuration argument', /bad launch size: blocks of \(100, 1, 1\)/],
@@ -60,6 +72,8 @@ const wrongValues = [
   ["upload's source kept", "upload's source overwritten"],
   ['streams joined by an event', 'streams not joined'],
   [undefined, 'unwritten device memory', 'unwritten shared memory'],
+  ['all the shared memory without opt-in'],
+  ['all the shared memory with opt-in'],
 ] as const;
 
 /** Shows between schedules: the first is sound, the others differ. */

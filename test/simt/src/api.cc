@@ -59,9 +59,11 @@ cudaError_t checkLaunch(const LaunchConfiguration& c) {
            c.grid.y, c.grid.z, kernel().c_str());
     return setError(cudaErrorInvalidConfiguration);
   }
-  if (c.shared > sharedOptinLimit()) {
-    remark("too much shared memory: %zu bytes for %s; this device (capability %d) has %zu a block", c.shared,
-           kernel().c_str(), settings().capability, sharedOptinLimit());
+  if (c.shared > dynamicSharedLimit(c.kernel)) {
+    remark(
+        "too much shared memory: %zu bytes for %s; it may have %zu, and more by cudaFuncSetAttribute: %zu in all "
+        "(capability %d)",
+        c.shared, kernel().c_str(), dynamicSharedLimit(c.kernel), sharedOptinLimit(), settings().capability);
     return setError(cudaErrorInvalidValue);
   }
   return cudaSuccess;
@@ -242,9 +244,14 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) { return cudaMemsetAsy
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value >= 0 && static_cast<size_t>(value) <= simt::sharedOptinLimit()) return cudaSuccess;
+  if (value >= 0 && simt::allowDynamicShared(kernel, static_cast<size_t>(value))) return cudaSuccess;
   simt::remark("too much shared memory: %d bytes for %s; this device (capability %d) has %zu a block", value,
                simt::functionName(kernel).c_str(), simt::settings().capability, simt::sharedOptinLimit());
   return setError(cudaErrorInvalidValue);
+}
+// sharedSizeBytes is a bound: a kernel's arrays are known when it runs.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  *attributes = {simt::staticSharedBound(kernel), static_cast<int>(simt::dynamicSharedLimit(kernel))};
+  return cudaSuccess;
 }
 }

@@ -347,7 +347,7 @@ void beginKernel(const LaunchConfiguration& launch, const std::function<void()>&
   if (block.freeStacks.empty())
     for (int i = kMaxThreads - 1; i >= 0; i--) block.freeStacks.push_back(i);
   orderThreads();
-  beginShared(launch.shared);
+  beginShared(launch.kernel, launch.shared);
   happensBefore(&block.startKey);
 }
 

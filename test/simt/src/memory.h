@@ -35,9 +35,15 @@ class DeviceAccess {
 };
 
 // ---- shared memory of the one block that runs
-void beginShared(size_t dynamicBytes);  // for a launch
-void resetShared();                     // for a block of it: contents unknown (NaN), guards whole
-void checkShared();                     // after a block
+// Bytes that a launch of the kernel may ask for in its stead, from now on; false beyond what a block can have.
+bool allowDynamicShared(const void* kernel, size_t bytes);
+// The most that a launch of the kernel may ask for, as far as is known before it runs.
+size_t dynamicSharedLimit(const void* kernel);
+// Of the kernel's static arrays: a bound, raised by what launches were seen to use.
+size_t staticSharedBound(const void* kernel);
+void beginShared(const void* kernel, size_t dynamicBytes);  // for a launch
+void resetShared();                                         // for a block of it: contents unknown (NaN), guards whole
+void checkShared();                                         // after a block
 unsigned char* dynamicShared();
 void* staticShared(const void* tag, size_t bytes);
 bool inSharedRange(const void* address);

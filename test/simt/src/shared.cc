@@ -1,9 +1,13 @@
 // The shared memory of the running block: static arrays with guards between them, then the dynamic part, which ends at
-// a page without rights.
+// a page without rights. And what each kernel may have of it: static and dynamic bytes together 48 KiB, unless its
+// limit for dynamic ones was raised; then what a block can have. Static arrays are known when a kernel asks for them,
+// so an excess of both together is found while it runs, where a GPU refuses the launch.
 #include <sys/mman.h>
 
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <vector>
 
 #include "memory.h"
@@ -19,6 +23,7 @@ constexpr size_t kStaticZone = 128 * 1024;
 constexpr size_t kDynamicZone = 256 * 1024;
 constexpr size_t kArena = kPage + kStaticZone + kDynamicZone + kPage;
 constexpr size_t kGuard = 64;
+constexpr size_t kAssumedStatic = 1024;  // of a kernel that has not run
 constexpr int kUnknown = 0xff;
 // The race detector must not see two blocks at one shared address: each block has fresh memory there.
 constexpr int kArenas = kRaceDetector ? 128 : 1;
@@ -28,11 +33,32 @@ struct StaticArray {
   size_t offset, bytes;
 };
 
+struct KernelShared {
+  size_t allowed = 0;  // dynamic bytes; 0: not raised
+  size_t seen = 0;     // static bytes
+};
+// Never destroyed: threads of the process may outlive static objects.
+struct KernelTable {
+  std::mutex mutex;
+  std::map<const void*, KernelShared> kernels;
+};
+KernelTable& kernelTable() {
+  static KernelTable& table = *new KernelTable;
+  return table;
+}
+KernelShared sharedOf(const void* kernel) {
+  KernelTable& table = kernelTable();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  return table.kernels[kernel];
+}
+
 char* arenas = nullptr;
 char* arena = nullptr;
 int arenaIndex = 0;
 std::vector<StaticArray>& arrays = *new std::vector<StaticArray>;
 size_t dynamicBytes = 0, staticBytes = 0, staticEnd = 0;
+const void* kernelNow = nullptr;
+bool raised = false;  // the limit of kernelNow
 
 size_t roundUp(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -66,9 +92,46 @@ void prepareStatic(const StaticArray& a) {
   guard(arena + a.offset + a.bytes, kGuard);
 }
 
+void checkTogether() {
+  const size_t limit = raised ? sharedOptinLimit() : kStaticSharedLimit;
+  if (staticBytes + dynamicBytes <= limit) return;
+  if (raised)
+    finding("too much shared memory: %zu bytes of static arrays and %zu dynamic ones, %zu are the limit together",
+            staticBytes, dynamicBytes, limit);
+  finding(
+      "too much shared memory without opt-in: %zu bytes of static arrays and %zu dynamic ones, %zu are the limit "
+      "together; cudaFuncSetAttribute raises it",
+      staticBytes, dynamicBytes, limit);
+}
+
+void noteStatic() {
+  KernelTable& table = kernelTable();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  KernelShared& kernel = table.kernels[kernelNow];
+  if (kernel.seen < staticBytes) kernel.seen = staticBytes;
+}
+
 }  // namespace
 
-void beginShared(size_t bytes) {
+bool allowDynamicShared(const void* kernel, size_t bytes) {
+  if (bytes + sharedOf(kernel).seen > sharedOptinLimit()) return false;
+  KernelTable& table = kernelTable();
+  const std::lock_guard<std::mutex> lock(table.mutex);
+  table.kernels[kernel].allowed = bytes;
+  return true;
+}
+
+size_t dynamicSharedLimit(const void* kernel) {
+  const KernelShared shared = sharedOf(kernel);
+  return shared.allowed ? shared.allowed : kStaticSharedLimit - shared.seen;
+}
+
+size_t staticSharedBound(const void* kernel) {
+  const size_t seen = sharedOf(kernel).seen;
+  return seen > kAssumedStatic ? seen : kAssumedStatic;
+}
+
+void beginShared(const void* kernel, size_t bytes) {
   if (!arenas) {
     mapArenas();
     arena = arenas;
@@ -76,6 +139,8 @@ void beginShared(size_t bytes) {
   unpoison(arenas, kArena * kArenas);
   arrays.clear();
   dynamicBytes = bytes;
+  kernelNow = kernel;
+  raised = sharedOf(kernel).allowed > 0;
   staticBytes = 0;
   staticEnd = kPage + kGuard;
 }
@@ -114,9 +179,8 @@ void* staticShared(const void* tag, size_t bytes) {
   staticEnd += roundUp(bytes + kGuard, 16);
   if (staticBytes > kStaticSharedLimit)
     finding("too much shared memory: %zu bytes of static arrays, %zu are the limit", staticBytes, kStaticSharedLimit);
-  if (staticBytes + dynamicBytes > sharedOptinLimit())
-    finding("too much shared memory: %zu bytes of static arrays and %zu dynamic ones, %zu are the limit together",
-            staticBytes, dynamicBytes, sharedOptinLimit());
+  checkTogether();
+  noteStatic();
   arrays.push_back(a);
   prepareStatic(a);
   return arena + a.offset;

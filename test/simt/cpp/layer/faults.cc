@@ -42,6 +42,11 @@ KG_GLOBAL void tooManyStatics(float* y) {
   KG_SHARED(float, s, 12289);
   s[threadIdx.x] = y[threadIdx.x];
 }
+KG_GLOBAL void staticBesideDynamic(float* y) {  // 512 bytes
+  KG_SHARED(float, s, kThreads);
+  s[threadIdx.x] = 1;
+  y[threadIdx.x] = s[threadIdx.x];
+}
 KG_GLOBAL void readUnwrittenShared(float* y) {
   KG_SHARED(float, s, kThreads);
   y[threadIdx.x] = s[threadIdx.x];
@@ -98,6 +103,15 @@ void shared(size_t bytes, void (*kernel)(P...), A... arguments) {
   float* y = deviceBuffer<float>(kThreads);
   launch(1, kThreads, bytes, kernel, arguments..., y);
   reportRight(hostCopy(y, kThreads), 1);
+}
+
+// Dynamic bytes beside the 512 static ones of a kernel whose limit was raised to `allowed` (0: was not).
+void sharedTogether(size_t allowed, size_t bytes) {
+  if (allowed > 0)
+    kit::require(cudaFuncSetAttribute(staticBesideDynamic, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(allowed)),
+                 "cudaFuncSetAttribute");
+  shared(bytes, staticBesideDynamic);
 }
 
 // ---- synchronization within a block
@@ -319,6 +333,12 @@ const std::map<std::string, std::function<void()>> kFaults = {
     {"streams joined by an event", [] { twoStreams(true); }},
     {"streams not joined", [] { twoStreams(false); }},
     {"too much dynamic shared memory", [] { size(1, 32, 100 * 1024); }},
+    {"too much dynamic shared memory without opt-in", [] { size(1, 32, 48 * 1024 + 16); }},
+    {"too much shared memory without opt-in", [] { sharedTogether(0, 48 * 1024 - 496); }},
+    {"all the shared memory without opt-in", [] { sharedTogether(0, 48 * 1024 - 512); }},
+    {"shared memory beyond its opt-in", [] { sharedTogether(64 * 1024, 64 * 1024 + 16); }},
+    {"too much shared memory with opt-in", [] { sharedTogether(99 * 1024 - 496, 99 * 1024 - 496); }},
+    {"all the shared memory with opt-in", [] { sharedTogether(99 * 1024 - 512, 99 * 1024 - 512); }},
     {"too much static shared memory", [] { run(tooManyStatics); }},
     {"too many threads", [] { size(1, 1056, 0); }},
     {"threads that are no whole warps", [] { size(1, 100, 0); }},
