@@ -18,8 +18,8 @@
 
 namespace kg::cuda {
 
-// The first fault in the data that a kernel met (an id out of range); read with the next copy to the host, which
-// reports it. kind 0: none.
+// The first fault in the data that a launch met (an id out of range); read with the next copy to the host, which
+// reports it.
 enum class FaultKind : int32_t {
   None = 0,
   IdOutOfRange,      // id, position, size of the table: ids, positions, targetId
@@ -31,26 +31,36 @@ enum class FaultKind : int32_t {
   RowMapOutOfRange,  // row, position, rows: where RowOutOfRange already means targetRow
 };
 struct FaultSlot {
+  int32_t ticket;  // of the launch that has it; 0: free
   int32_t kind;
-  int32_t kernel;     // KernelId
+  int32_t kernel;  // KernelId
+  int32_t unused;
   int64_t values[3];  // as FaultKind says
-  uint32_t ticket;    // of the launch
-  uint32_t unused;
 };
+// As many launches can fail before the host reads of the first and clears its slot.
+constexpr uint32_t kFaultSlots = 32;
 // Handed to a kernel by value.
 struct FaultSink {
-  FaultSlot* slot;
+  FaultSlot* slots;
   int32_t kernel;
   uint32_t ticket;
 };
 #ifdef KG_DEVICE_CODE
+// A slot that an earlier launch holds stays its own until the host has read and cleared it; the next free one is taken.
 KG_DEVICE void reportFault(const FaultSink& sink, FaultKind kind, int64_t a, int64_t b, int64_t c) {
-  if (atomicCas(&sink.slot->kind, 0, static_cast<int32_t>(kind)) != 0) return;
-  sink.slot->kernel = sink.kernel;
-  sink.slot->values[0] = a;
-  sink.slot->values[1] = b;
-  sink.slot->values[2] = c;
-  sink.slot->ticket = sink.ticket;
+  const int32_t ticket = static_cast<int32_t>(sink.ticket);
+  for (uint32_t i = 0; i < kFaultSlots; i++) {
+    FaultSlot& slot = sink.slots[(sink.ticket + i) % kFaultSlots];
+    const int32_t holder = atomicCas(&slot.ticket, 0, ticket);
+    if (holder == ticket) return;
+    if (holder != 0) continue;
+    slot.kind = static_cast<int32_t>(kind);
+    slot.kernel = sink.kernel;
+    slot.values[0] = a;
+    slot.values[1] = b;
+    slot.values[2] = c;
+    return;
+  }
 }
 #endif
 

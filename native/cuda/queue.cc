@@ -49,8 +49,9 @@ Queue::Queue(int device) : device_(device) {
   context_.processors = properties.multiProcessorCount;
   context_.sharedMemoryPerBlock = static_cast<int>(properties.sharedMemPerBlockOptin);
   check(cudaStreamCreateWithFlags(&context_.stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  check(cudaMalloc(reinterpret_cast<void**>(&slots_), kSlots * sizeof(FaultSlot)), "cudaMalloc");
-  check(cudaMemsetAsync(slots_, 0, kSlots * sizeof(FaultSlot), context_.stream), "cudaMemset");
+  check(cudaMalloc(reinterpret_cast<void**>(&slots_), kFaultSlots * sizeof(FaultSlot)), "cudaMalloc");
+  held_ = kFaultSlots * sizeof(FaultSlot);
+  check(cudaMemsetAsync(slots_, 0, kFaultSlots * sizeof(FaultSlot), context_.stream), "cudaMemset");
   completer_ = std::thread([this] { completionLoop(); });
 }
 
@@ -58,6 +59,7 @@ Queue::~Queue() {
   finish();
   cudaSetDevice(device_);
   releaseGemm(context_.stream);
+  freeRetired(nullptr);
   cudaFree(scratch_);
   cudaFree(slots_);
   for (cudaEvent_t event : events_) cudaEventDestroy(event);
@@ -84,19 +86,25 @@ void Queue::start(FaultHandler handler, Reclaim reclaim) {
   cudaSetDevice(device_);
 }
 
-void Queue::launching(KernelId id, uint32_t ticket) {
-  context_.faults = {slots_ + ticket % kSlots, static_cast<int32_t>(id), ticket};
-}
+void Queue::launching(KernelId id, uint32_t ticket) { context_.faults = {slots_, static_cast<int32_t>(id), ticket}; }
 
 void Queue::fill(char* data, int byte, size_t count) {
   check(cudaMemsetAsync(data, byte, count, context_.stream), "cudaMemset");
 }
 
-void* Queue::acquire(size_t bytes, const char* what) {
+void* Queue::allocate(size_t bytes) {
   void* memory = acquireDevice(&device_, bytes);
+  if (memory) held_ += bytes;
+  return memory;
+}
+
+void* Queue::acquire(size_t bytes, const char* what) {
+  void* memory = allocate(bytes);
   if (!memory) {
     check(cudaStreamSynchronize(context_.stream), "cudaStreamSynchronize");
-    if (reclaim_()) memory = acquireDevice(&device_, bytes);
+    freeRetired(nullptr);
+    reclaim_();
+    memory = allocate(bytes);
   }
   if (!memory)
     failOutOfMemory("out of memory: expected %.1f MiB for %s on the GPU, found less; try a smaller batch",
@@ -106,14 +114,39 @@ void* Queue::acquire(size_t bytes, const char* what) {
 
 void* Queue::scratch(size_t bytes) {
   if (bytes <= scratchBytes_) return scratch_;
-  check(cudaStreamSynchronize(context_.stream), "cudaStreamSynchronize");  // kernels still use the smaller block
-  cudaFree(scratch_);
+  retire(scratch_, scratchBytes_);  // kernels still use the smaller block
   scratch_ = nullptr;
   scratchBytes_ = 0;
   const size_t size = (bytes + kScratchStep - 1) / kScratchStep * kScratchStep;
   scratch_ = acquire(size, "intermediate results");
   scratchBytes_ = size;
   return scratch_;
+}
+
+// Freed when the device has come to this point.
+void Queue::retire(void* memory, size_t bytes) {
+  if (!memory) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    retired_.emplace_back(memory, bytes);
+  }
+  complete(cudaSuccess, {}, [this, memory](const char*, cudaError_t) { freeRetired(memory); });
+}
+
+// One block, or all of them (null); nothing enqueued uses them any more.
+void Queue::freeRetired(const void* which) {
+  std::vector<std::pair<void*, size_t>> freed;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto kept = std::stable_partition(retired_.begin(), retired_.end(),
+                                            [&](const auto& block) { return which && block.first != which; });
+    freed.assign(kept, retired_.end());
+    retired_.erase(kept, retired_.end());
+  }
+  for (const auto& [memory, bytes] : freed) {
+    cudaFree(memory);
+    held_ -= bytes;
+  }
 }
 
 void Queue::upload(char* to, const void* bytes, size_t count) {
@@ -128,7 +161,7 @@ void Queue::upload(char* to, const void* bytes, size_t count) {
 }
 
 void Queue::download(void* to, const char* from, size_t count, Done done) {
-  constexpr size_t room = PinnedPool::kLargest - kSlots * sizeof(FaultSlot), part = PinnedPool::kLargest / 2;
+  constexpr size_t room = PinnedPool::kLargest - kFaultSlots * sizeof(FaultSlot), part = PinnedPool::kLargest / 2;
   auto shared = std::make_shared<Done>(std::move(done));
   size_t at = 0;
   try {
@@ -151,7 +184,7 @@ void Queue::copyOut(void* to, const char* from, size_t count) {
 
 // The fault slots come along, and are read before `done` is told.
 void Queue::lastCopyOut(void* to, const char* from, size_t count, std::shared_ptr<Done> done) {
-  constexpr size_t slotBytes = kSlots * sizeof(FaultSlot);
+  constexpr size_t slotBytes = kFaultSlots * sizeof(FaultSlot);
   const PinnedBlock block = pinned_.take(slotBytes + count);
   cudaError_t error = cudaMemcpyAsync(block.data, slots_, slotBytes, cudaMemcpyDeviceToHost, context_.stream);
   if (error == cudaSuccess && count)
@@ -166,10 +199,10 @@ void Queue::lastCopyOut(void* to, const char* from, size_t count, std::shared_pt
 }
 
 void Queue::readFaults(const FaultSlot* slots) {
-  for (uint32_t i = 0; i < kSlots; i++) {
-    if (slots[i].kind == 0 || slots[i].ticket == reported_[i]) continue;
+  for (uint32_t i = 0; i < kFaultSlots; i++) {
+    if (slots[i].ticket == 0 || slots[i].ticket == reported_[i]) continue;
     reported_[i] = slots[i].ticket;
-    handler_(slots[i].ticket, faultText(slots[i]));
+    handler_(static_cast<uint32_t>(slots[i].ticket), faultText(slots[i]));
     cudaMemsetAsync(slots_ + i, 0, sizeof(FaultSlot), context_.stream);
   }
 }

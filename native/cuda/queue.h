@@ -2,6 +2,7 @@
 // second thread waits for events, takes downloads out of pinned memory, and reads the fault slots that came with them.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -30,6 +31,7 @@ class Queue final : public DeviceQueue {
   void download(void* to, const char* from, size_t count, Done done) override;
   void fill(char* data, int byte, size_t count) override;
   void* scratch(size_t bytes) override;
+  size_t held() const override { return held_.load(std::memory_order_relaxed); }
   void finish() override;
 
   const Context& context() const { return context_; }
@@ -37,9 +39,6 @@ class Queue final : public DeviceQueue {
   void* acquire(size_t bytes, const char* what);
 
  private:
-  // Launches take turns, so that a fault hides another only in its own turn.
-  static constexpr uint32_t kSlots = 32;
-
   // On the completion thread; may be empty.
   using Then = std::function<void(const char* pinned, cudaError_t)>;
   struct Completion {
@@ -57,22 +56,28 @@ class Queue final : public DeviceQueue {
   void readFaults(const FaultSlot* slots);
   cudaError_t takeEvent(cudaEvent_t* event);
   void giveEvent(cudaEvent_t event);
+  void* allocate(size_t bytes);
+  void retire(void* memory, size_t bytes);
+  void freeRetired(const void* which);
 
   int device_;
   Context context_{};
-  FaultSlot* slots_ = nullptr;      // on the device
-  uint32_t reported_[kSlots] = {};  // tickets: a fault is read with every copy until its slot has been cleared
+  FaultSlot* slots_ = nullptr;          // on the device
+  int32_t reported_[kFaultSlots] = {};  // tickets: a fault is read with every copy until its slot has been cleared
   FaultHandler handler_;
   Reclaim reclaim_;
   void* scratch_ = nullptr;
   size_t scratchBytes_ = 0;
+  std::atomic<size_t> held_{0};
   PinnedPool pinned_;
 
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<Completion> completions_;  // guarded by mutex_
   std::vector<cudaEvent_t> events_;     // guarded by mutex_
-  bool stop_ = false;                   // guarded by mutex_
+  // Blocks of scratch that enqueued work may still use, and their sizes; guarded by mutex_.
+  std::vector<std::pair<void*, size_t>> retired_;
+  bool stop_ = false;  // guarded by mutex_
   std::thread completer_;
 };
 

@@ -357,12 +357,13 @@ napi_value resetPeak(napi_env env, Instance* self, napi_value* args) {
   return nullptr;
 }
 
-// memory(stream, Float64Array-like out of 9): storages, allocated, peak, reserved, then bytes by tag
+// memory(stream): storages, allocated, peak, reserved, scratch, then bytes by tag
 napi_value memory(napi_env env, Instance* self, napi_value* args) {
   auto& table = self->stream(number(env, args[0])).storages();
   const kg::MemoryCounters& c = table.counters();
   Napi::Array out = Napi::Array::New(env);
-  double values[] = {double(c.storages), double(c.allocated), double(c.peak), double(table.reserved())};
+  double values[] = {double(c.storages), double(c.allocated), double(c.peak), double(table.reserved()),
+                     double(table.scratch())};
   uint32_t at = 0;
   for (double v : values) out.Set(at++, v);
   for (size_t v : c.byTag) out.Set(at++, double(v));

@@ -1,6 +1,7 @@
 // The CPU as a device: its memory is the host's, and its work is done when a call returns.
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -28,6 +29,7 @@ class HostQueue final : public DeviceQueue {
   void* scratch(size_t bytes) override {
     if (bytes <= scratchBytes_) return scratch_;
     free(scratch_);
+    scratchBytes_ = 0;
     const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     scratch_ = aligned_alloc(kHugePage, size);
     scratchBytes_ = scratch_ ? size : 0;
@@ -38,10 +40,11 @@ class HostQueue final : public DeviceQueue {
 #endif
     return scratch_;
   }
+  size_t held() const override { return scratchBytes_; }
 
  private:
   void* scratch_ = nullptr;
-  size_t scratchBytes_ = 0;
+  std::atomic<size_t> scratchBytes_{0};
 };
 
 }  // namespace

@@ -47,6 +47,8 @@ class DeviceQueue {
   virtual void fill(char* data, int byte, size_t count) = 0;
   // Grows only; the same block for every call.
   virtual void* scratch(size_t bytes) = 0;
+  // Bytes of the device's memory that are outside of all storages: scratch, workspaces. Any thread.
+  virtual size_t held() const = 0;
   // Waits for the device, and for every `done`. After the executor has ended; throws nothing.
   virtual void finish() {}
 };

@@ -65,12 +65,13 @@ void StorageTable::failFor(size_t bytes) {
   hooks_.outOfMemory();
   constexpr double mib = 1 << 20;
   const size_t* t = counters_.byTag;
-  char device[128] = "";
+  char device[192] = "";
   if (source_.left) {
     size_t free = 0, total = 0;
     source_.left(source_.self, &free, &total);
-    snprintf(device, sizeof device, ", in the cache for reuse %.1f; the device has %.1f of %.1f MiB left",
-             (reserved() - counters_.allocated) / mib, free / mib, total / mib);
+    snprintf(device, sizeof device,
+             ", by kernels as scratch %.1f, in the cache for reuse %.1f; the device has %.1f of %.1f MiB left",
+             scratch() / mib, (reserved() - counters_.allocated) / mib, free / mib, total / mib);
   }
   failOutOfMemory(
       "out of memory: %.1f MiB asked for; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "

@@ -51,6 +51,7 @@ struct StreamHooks {
   virtual void synchronize() = 0;   // everything enqueued so far is done
   virtual uint64_t position() = 0;  // where the next command will be enqueued
   virtual void outOfMemory() = 0;   // an error is about to say so
+  virtual size_t scratch() = 0;     // bytes that kernels hold, outside of the table
 };
 
 // How storages get memory.
@@ -79,6 +80,7 @@ class StorageTable {
   void resetPeak() { counters_.peak = counters_.allocated; }
   const MemoryCounters& counters() const { return counters_; }
   size_t reserved();
+  size_t scratch() { return hooks_.scratch(); }
 
   static constexpr size_t kGuard = 64;  // bytes of guard zone on each side
 

@@ -52,6 +52,7 @@ class Stream : public StreamHooks {
   void filled(char* data, size_t bytes) override;
   void check(char* data, size_t bytes) override;
   void outOfMemory() override;
+  size_t scratch() override { return queue_->held(); }
   uint64_t position() override { return written_.load(std::memory_order_relaxed); }
 
  private:

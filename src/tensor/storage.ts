@@ -146,14 +146,16 @@ export interface MemoryReport {
   peak: number;
   /** Held from the system: allocated, or cached for reuse. */
   reserved: number;
+  /** Held besides by kernels: intermediate results, the workspace of matrix products. Grows with the largest that was asked for. */
+  scratch: number;
   byTag: Record<MemoryTag, number>;
 }
 
 /** Exact counters of what is allocated now. They count what JavaScript holds, whether or not the work has run. */
 export function memory(device: Device = standard): MemoryReport {
-  const [storages, allocated, peak, reserved, ...tags] = addon().memory(streamOf(device));
+  const [storages, allocated, peak, reserved, scratch, ...tags] = addon().memory(streamOf(device));
   const byTag = Object.fromEntries(memoryTags.map((tag, i) => [tag, tags[i]])) as Record<MemoryTag, number>;
-  return { storages, allocated, peak, reserved, byTag };
+  return { storages, allocated, peak, reserved, scratch, byTag };
 }
 
 export function resetPeakMemory(device: Device = standard): void {

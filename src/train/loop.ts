@@ -118,12 +118,16 @@ async function enqueue(task: Task, planned: PlannedStep, halted: Tensor, options
   });
   const rates = trainable.groups.map((g) => options.learningRates[g] * factor);
   const norms = takeStep(trainable, losses, rates, halted, options);
+  const peakMemory = (): number => {
+    const { peak, scratch } = memory(trainable.model.device);
+    return peak + scratch;
+  };
   const merged = Promise.all([metrics, norms]).then(([values, [total, ...squares]]) => ({
     ...values,
     grad_norm: total[0],
     ...groupMetrics(trainable.groups, squares, rates),
     epoch: planned.epoch,
-    peak_memory: memory(trainable.model.device).peak,
+    peak_memory: peakMemory(),
   }));
   // Both handlers: a failure must not be reported as unhandled while its turn has not come.
   const now = (): number => performance.now();

@@ -10,6 +10,7 @@ interface Sample {
   readonly storages: number;
   readonly allocated: number;
   readonly reserved: number;
+  readonly scratch: number;
   readonly resident: number;
 }
 
@@ -18,6 +19,7 @@ const most = (samples: readonly Sample[]): Sample =>
     storages: Math.max(a.storages, b.storages),
     allocated: Math.max(a.allocated, b.allocated),
     reserved: Math.max(a.reserved, b.reserved),
+    scratch: Math.max(a.scratch, b.scratch),
     resident: Math.max(a.resident, b.resident),
   }));
 
@@ -32,8 +34,8 @@ describe.skipIf(!gpu)(`${steps} steps without a leak (${gpu ?? needsGpu})`, () =
       const before = memory(gpu!).storages;
       const samples: Sample[] = [];
       const sample = (): void => {
-        const { storages, allocated, reserved } = memory(gpu!);
-        samples.push({ storages, allocated, reserved, resident: process.memoryUsage.rss() });
+        const { storages, allocated, reserved, scratch } = memory(gpu!);
+        samples.push({ storages, allocated, reserved, scratch, resident: process.memoryUsage.rss() });
       };
       const options = { model, data, device: 'cuda', 'batch-size': 4, 'max-steps': steps, 'no-shuffle': true };
       await train(method, { ...options, dtype: 'bfloat16' }, { onUpdate: sample });
@@ -42,6 +44,7 @@ describe.skipIf(!gpu)(`${steps} steps without a leak (${gpu ?? needsGpu})`, () =
       expect(late.storages).toBeLessThanOrEqual(early.storages);
       expect(late.allocated).toBeLessThanOrEqual(early.allocated);
       expect(late.reserved).toBeLessThanOrEqual(1.1 * early.reserved);
+      expect(late.scratch).toBe(early.scratch);
       expect(late.resident - early.resident).toBeLessThan(64 << 20);
       expect(memory(gpu!).storages).toBe(before);
     },

@@ -4,7 +4,7 @@ import { describe, expect, test } from 'vitest';
 import '../../src/ops/methods.js';
 import { vjp } from '../../src/autograd/transforms.js';
 import { launch } from '../../src/native/launch.js';
-import { slice } from '../../src/ops/movement.js';
+import { gatherRows, slice } from '../../src/ops/movement.js';
 import { rmsNorm, rotaryEmbedding, swiglu } from '../../src/ops/transformer.js';
 import { scope } from '../../src/tensor/scope.js';
 import type { Device } from '../../src/tensor/storage.js';
@@ -102,6 +102,21 @@ describe.skipIf(!gpu)(`faults in data (${gpu ?? needsGpu})`, () => {
       const [weight, rstd] = [filled(8), filled(2)];
       launch('rmsNormBackward', [dx, null, filled(3, 8), filled(2, 8), weight, rstd, int32(0, -1, 1)]);
       expect(() => dx.dataSync()).toThrow('expected rowMap[1] in [0, 2), found -1');
+    });
+  });
+
+  test('several faults before the first is read', () => {
+    scope(() => {
+      // A launch has one of 32 slots for its fault, by its number: some of these would have the same one.
+      const gathered = Array.from({ length: 12 }, (_, i) => {
+        const sound = filled(2, 2);
+        return [sound.mul(2).add(1), gatherRows(filled(2, 2), int32(100 + i)), gatherRows(sound, int32(1))];
+      });
+      gathered.forEach(([before, faulty, after], i) => {
+        expect(() => faulty.dataSync()).toThrow(`expected ids[0] in [0, 2), found ${100 + i}`);
+        expect([...before.dataSync()]).toEqual([...values(4, 1)].map((x) => 2 * x + 1));
+        expect([...after.dataSync()]).toEqual([...values(4, 1)].slice(2));
+      });
     });
   });
 
