@@ -1,6 +1,8 @@
 // Whether CUDA can run here: the driver, the devices, cuBLAS. Each thing that can be missing has a reason and a remedy.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "cuda/backend.h"
 #include "cuda/cublas.h"
 
@@ -65,9 +67,9 @@ CudaStatus status() {
     return refused(status, std::string("the NVIDIA driver does not start: ") + cudaGetErrorString(error),
                    "look at nvidia-smi and the system's log, or use --device cpu");
   for (int i = 0; i < count; i++) status.devices.push_back(describe(i));
-  if (!status.devices[0].reason.empty())
-    return refused(status, status.devices[0].reason,
-                   "put another GPU first with CUDA_VISIBLE_DEVICES, or use --device cpu");
+  const auto usable = [](const CudaDevice& device) { return device.reason.empty(); };
+  if (std::none_of(status.devices.begin(), status.devices.end(), usable))
+    return refused(status, status.devices[0].reason, "use --device cpu");
   const CublasStatus& cublas = cublasStatus();
   if (!cublas.available) return refused(status, cublas.reason, cublas.remedy);
   status.cublas = cublas.path;

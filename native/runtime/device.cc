@@ -96,7 +96,7 @@ std::unique_ptr<Stream> makeCudaStream(const std::string& device, int index, All
                  "use cuda:0, or look at CUDA_VISIBLE_DEVICES");
   mode.shared = true;
   const CudaDevice& found = status.devices[index];
-  if (!found.reason.empty()) notAvailable(device, found.reason, "use another device, or --device cpu");
+  if (!found.reason.empty()) notAvailable(device, found.reason, "use another GPU (see keelgrad info), or --device cpu");
   return std::make_unique<Stream>(cuda::kernels(), kernelInfos(), cuda::makeQueue(index), mode);
 }
 #endif

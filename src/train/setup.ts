@@ -20,11 +20,11 @@ import type { TrainHooks } from './hooks.js';
 import type { ResolvedScoreOptions, ResolvedTrainOptions, TrainMethod } from './options.js';
 import type { SessionData } from './session.js';
 
-/** The device that `auto`, `cpu` or `cuda` means here; says so once where `auto` falls back. */
+/** The device that `auto`, `cpu` or `cuda` means here: the first GPU that can be used. Says so once where `auto` falls back. */
 export function resolveDevice(wanted: 'auto' | 'cpu' | 'cuda', onMessage?: (text: string) => void): Device {
   if (wanted === 'cpu') return 'cpu';
   const { cuda } = runtimeInfo();
-  if (cuda.available) return 'cuda:0';
+  if (cuda.available) return `cuda:${cuda.devices.findIndex((gpu) => gpu.reason === undefined)}`;
   if (wanted === 'cuda') throw new KeelgradError(`--device cuda: not available: ${cuda.reason}; ${cuda.remedy}`);
   onMessage?.(`running on the CPU (CUDA: ${cuda.reason})`);
   return 'cpu';

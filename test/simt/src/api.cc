@@ -132,24 +132,28 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = simt::settings().oldDevices + 1;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : setError(cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+  return device == simt::settings().oldDevices ? cudaSuccess : setError(cudaErrorInvalidDevice);
+}
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = simt::settings().oldDevices;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (device != 0) return setError(cudaErrorInvalidDevice);
+  const int old = simt::settings().oldDevices;
+  if (device < 0 || device > old) return setError(cudaErrorInvalidDevice);
   *properties = {};
-  strcpy(properties->name, "SIMT layer");
+  strcpy(properties->name, device < old ? "old GPU" : "SIMT layer");
   properties->totalGlobalMem = simt::settings().memory;
   properties->sharedMemPerBlock = simt::kStaticSharedLimit;
   properties->warpSize = 32;
   properties->maxThreadsPerBlock = 1024;
-  properties->major = simt::settings().capability / 10;
-  properties->minor = simt::settings().capability % 10;
+  const int capability = device < old ? 75 : simt::settings().capability;
+  properties->major = capability / 10;
+  properties->minor = capability % 10;
   properties->multiProcessorCount = simt::settings().processors;
   properties->sharedMemPerMultiprocessor = simt::sharedOptinLimit() + 1024;
   properties->sharedMemPerBlockOptin = simt::sharedOptinLimit();

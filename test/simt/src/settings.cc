@@ -76,6 +76,7 @@ Settings read() {
   s.memory = static_cast<size_t>(number("KEELGRAD_SIMT_MEMORY", 4096)) << 20;
   s.capability = static_cast<int>(number("KEELGRAD_SIMT_CAPABILITY", s.capability));
   s.processors = static_cast<int>(number("KEELGRAD_SIMT_PROCESSORS", s.processors));
+  s.oldDevices = static_cast<int>(number("KEELGRAD_SIMT_OLD_DEVICES", s.oldDevices));
   return s;
 }
 
