@@ -30,6 +30,9 @@ static inline Heads checkedHeads(const char* op, const TensorView& q, const Tens
   if (k.size(1) == 0 || q.size(1) % k.size(1) != 0)
     fail("[%s] expected the query heads to be a multiple of the key heads, found %lld and %lld", op,
          (long long)q.size(1), (long long)k.size(1));
+  if (q.size(2) > kMostHeadDimension)
+    fail("[%s] expected a head dimension of %lld at most, found %lld", op, (long long)kMostHeadDimension,
+         (long long)q.size(2));
   return {q.size(0), q.size(1), k.size(1), q.size(1) / k.size(1), q.size(2)};
 }
 

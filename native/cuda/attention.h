@@ -168,8 +168,9 @@ inline Heads checkedHeads(const char* op, const TensorView& q, const TensorView&
   if (k.size(1) == 0 || q.size(1) % k.size(1) != 0)
     fail("[%s] expected the query heads to be a multiple of the key heads, found %lld and %lld", op,
          (long long)q.size(1), (long long)k.size(1));
-  if (q.size(2) > 256)
-    fail("[%s] expected a head dimension of 256 at most on CUDA, found %lld", op, (long long)q.size(2));
+  if (q.size(2) > kMostHeadDimension)
+    fail("[%s] expected a head dimension of %lld at most, found %lld", op, (long long)kMostHeadDimension,
+         (long long)q.size(2));
   return {static_cast<int32_t>(q.size(0)), static_cast<int32_t>(q.size(1)),
           static_cast<int32_t>(k.size(1)), static_cast<int32_t>(q.size(1) / k.size(1)),
           static_cast<int32_t>(q.size(2)), 1};

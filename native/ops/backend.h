@@ -50,6 +50,9 @@ struct TensorView {
   }
 };
 
+// Of attention's kernels: D of q, k and v.
+constexpr int64_t kMostHeadDimension = 256;
+
 class Stream;  // one queue of a device; opaque to the contract
 
 // One kernel invocation. Tensors stand in the order of kernels.def: outputs first, then inputs; attributes likewise.

@@ -162,6 +162,9 @@ export function swiglu(gate: Tensor, up: Tensor): Tensor {
   return gate.ndim === 2 ? y : reshape(y, gate.shape);
 }
 
+/** Of the kernels of attention, on every device. */
+const mostHeadDimension = 256;
+
 /** Attention from primitive ops: dense scores with a mask. For tests and derivatives of higher order: O(T²) memory. */
 export function attentionDefinition(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: number): Tensor {
   const [rows, heads, width] = q.shape;
@@ -177,7 +180,7 @@ export function attentionDefinition(q: Tensor, k: Tensor, v: Tensor, layout: Seg
 
 /**
  * Causal grouped-query attention over packed segments: q `[T, Hq, D]`, k and v `[T, Hk, D]`, Hq a multiple of Hk. Rows of
- * a segment see its parent's rows and their own up to themselves. Memory is linear in T.
+ * a segment see its parent's rows and their own up to themselves. Memory is linear in T. D is at most 256.
  *
  * @param scale of the scores; 1/sqrt(D) by default
  */
@@ -202,6 +205,10 @@ export function groupedQueryAttention(
   )
     throw new RangeError(
       `[groupedQueryAttention] expected q [T, Hq, D] and k, v [T, Hk, D] of one dtype with T = ${layout.total} and Hq a multiple of Hk, found ${q.describe()}, ${k.describe()}, ${v.describe()}`,
+    );
+  if (q.shape[2] > mostHeadDimension)
+    throw new RangeError(
+      `[groupedQueryAttention] expected a head dimension of ${mostHeadDimension} at most, found ${q.describe()}; try attention from primitive ops`,
     );
   const rowMajor = (t: Tensor): Tensor => (t.strides[2] === 1 ? t.detach() : bare(t));
   const { segments } = layout.on(q.device);
