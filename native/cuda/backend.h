@@ -14,5 +14,8 @@ CudaStatus status();
 const KernelTable& kernels();
 // A stream of its own on device `index`. Throws where the driver refuses.
 std::unique_ptr<DeviceQueue> makeQueue(int index);
+// Shapes of products, in this process, that cuBLAS did not compute by the algorithm of their rows (gemm.h): their rows
+// may have other bits than the same rows in a product of another M.
+uint64_t unplannedProducts();
 
 }  // namespace kg::cuda

@@ -1,15 +1,17 @@
-// gemm(): how a product is put to cuBLASLt, and what is remembered of it: a plan (descriptors and an algorithm) for
-// every shape met, so that a product that was seen before costs one look-up. Never synchronizes, and allocates nothing
-// but a stream's workspace.
+// gemm(): how a product is put to cuBLASLt (which algorithm: gemm.h), and what is remembered of it: a plan (descriptors
+// and an algorithm) for every shape met, so that a product that was seen before costs one look-up. Never synchronizes,
+// and allocates nothing but a stream's workspace.
 //
 // A row-major C = A B is the column-major C^T = B^T A^T: cuBLAS's first operand is our B, its m our N, its n our M.
 #include "cuda/gemm.h"
 
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
 
+#include "cuda/backend.h"
 #include "cuda/context.h"
 #include "cuda/cublas.h"
 #include "cuda/gemm_general.h"
@@ -20,6 +22,8 @@ namespace {
 constexpr size_t kMaxPlans = 4096;  // of a stream; beyond, all are forgotten
 constexpr int kAlignment = 16;      // bytes beyond which cuBLAS has no use for more
 
+std::atomic<uint64_t> unplanned{0};
+
 // A product as cuBLAS sees it; the key of plans. No padding: compared and hashed as bytes.
 struct Problem {
   int32_t in, out;
@@ -29,7 +33,7 @@ struct Problem {
   int64_t rows, columns, depth;    // m, n, k
   int64_t lda, ldb, ldc;
   int64_t batch, batchA, batchB, batchC;
-  int64_t planColumns;  // n for which the algorithm is chosen; 0: n itself
+  int64_t planColumns;  // n for which the algorithm is chosen, whatever n and the batch are; 0: this very shape
 };
 static_assert(sizeof(Problem) == 8 * sizeof(int32_t) + 11 * sizeof(int64_t), "Problem is compared as bytes");
 
@@ -103,7 +107,7 @@ bool problemOf(const Gemm& g, Problem& p) {
        batched ? g.bBatch : 0,
        batched ? g.aBatch : 0,
        batched ? g.cBatch : 0,
-       g.planRows};
+       b.transposed ? 0 : g.planRows};
   return true;
 }
 
@@ -114,12 +118,18 @@ int64_t bucket(int64_t n) {
   return ((n + (int64_t(1) << shift) - 1) >> shift) << shift;
 }
 
-// The problem for which the algorithm is chosen. Lengths that no operand has along its unit stride (tokens: M of
-// y = x W^T, K of dW = dy^T x) are rounded up, so that a batch of another length needs no new search.
+// The problem for which the algorithm is chosen: one for all products that differ in rows of A and batch alone, or this
+// very one, but for lengths that no operand has along its unit stride (tokens, K of dW = dy^T x). Those are rounded up,
+// so that a batch of another length needs no new search.
 Problem representative(Problem p) {
-  if (!p.transB) p.columns = p.planColumns ? p.planColumns : bucket(p.columns);
+  if (p.planColumns) {
+    p.columns = p.planColumns;
+    p.batch = 1;
+    p.batchA = p.batchB = p.batchC = 0;
+    return p;
+  }
+  if (!p.transB) p.columns = bucket(p.columns);
   if (!p.transA && p.transB) p.depth = bucket(p.depth);
-  p.planColumns = 0;
   if (p.batchA) p.batchA = p.lda * (p.transA ? p.rows : p.depth);
   if (p.batchB) p.batchB = p.ldb * (p.transB ? p.depth : p.columns);
   if (p.batchC) p.batchC = p.ldc * p.columns;
@@ -170,7 +180,8 @@ struct Descriptors {
   lt::Layout a = nullptr, b = nullptr, c = nullptr;
 
   Descriptors() = default;
-  explicit Descriptors(const Problem& p);
+  // The heuristics want to see a bias's address, too.
+  Descriptors(const Problem& p, const void* bias);
   Descriptors(Descriptors&& o) noexcept : desc(o.desc), a(o.a), b(o.b), c(o.c) {
     o.desc = nullptr;
     o.a = o.b = o.c = nullptr;
@@ -183,14 +194,17 @@ struct Descriptors {
   }
 };
 
-Descriptors::Descriptors(const Problem& p) {
+Descriptors::Descriptors(const Problem& p, const void* bias) {
   const bool isDouble = static_cast<DType>(p.in) == DType::F64;
   check(cublas().MatmulDescCreate(&desc, isDouble ? lt::ComputeType::F64 : lt::ComputeType::F32,
                                   isDouble ? lt::DataType::F64 : lt::DataType::F32),
         "MatmulDescCreate");
   set(desc, lt::DescAttribute::TransA, p.transA ? lt::Operation::Transpose : lt::Operation::None);
   set(desc, lt::DescAttribute::TransB, p.transB ? lt::Operation::Transpose : lt::Operation::None);
-  if (p.bias) set(desc, lt::DescAttribute::Epilogue, lt::Epilogue::Bias);
+  if (p.bias) {
+    set(desc, lt::DescAttribute::Epilogue, lt::Epilogue::Bias);
+    set(desc, lt::DescAttribute::BiasPointer, bias);
+  }
   a = p.transA ? makeLayout(p.in, p.depth, p.rows, p.lda, p.batch, p.batchA)
                : makeLayout(p.in, p.rows, p.depth, p.lda, p.batch, p.batchA);
   b = p.transB ? makeLayout(p.in, p.columns, p.depth, p.ldb, p.batch, p.batchB)
@@ -216,14 +230,14 @@ class Products {
   Products(const Products&) = delete;
 
   void prepare(const Call& call);
-  const Plan& planFor(const Problem& problem);
+  const Plan& planFor(const Problem& problem, const void* bias);
   void run(const Plan& plan, const Gemm& g, cudaStream_t stream);
 
  private:
   Choice search(const Problem& problem, const Descriptors& descriptors);
-  const Choice& remembered(const Problem& problem);
+  const Choice& remembered(const Problem& problem, const void* bias);
   bool fits(const Descriptors& descriptors, const Choice& choice);
-  Choice choose(const Problem& problem, const Descriptors& descriptors);
+  Choice choose(const Problem& problem, const Descriptors& descriptors, const void* bias);
 
   lt::Handle handle_ = nullptr;
   lt::Preference preference_ = nullptr;
@@ -237,7 +251,6 @@ void Products::prepare(const Call& call) {
   workspace_ = acquire(call, kGemmWorkspaceBytes, "matrix products");
   check(cublas().MatmulPreferenceCreate(&preference_), "MatmulPreferenceCreate");
   set(preference_, lt::PreferenceAttribute::MaxWorkspaceBytes, uint64_t(kGemmWorkspaceBytes));
-  set(preference_, lt::PreferenceAttribute::ReductionSchemeMask, lt::ReductionScheme::ComputeType);
 }
 
 Products::~Products() {
@@ -248,6 +261,8 @@ Products::~Products() {
 
 // The first that cuBLAS's heuristics recommend and that runs.
 Choice Products::search(const Problem& p, const Descriptors& d) {
+  set(preference_, lt::PreferenceAttribute::ReductionSchemeMask,
+      p.planColumns ? lt::ReductionScheme::None : lt::ReductionScheme::ComputeType);
   set(preference_, lt::PreferenceAttribute::MinAlignmentA, static_cast<uint32_t>(p.alignA));
   set(preference_, lt::PreferenceAttribute::MinAlignmentB, static_cast<uint32_t>(p.alignB));
   set(preference_, lt::PreferenceAttribute::MinAlignmentC, static_cast<uint32_t>(p.alignC));
@@ -264,10 +279,10 @@ Choice Products::search(const Problem& p, const Descriptors& d) {
   return {};
 }
 
-const Choice& Products::remembered(const Problem& problem) {
+const Choice& Products::remembered(const Problem& problem, const void* bias) {
   const auto at = choices_.find(problem);
   if (at != choices_.end()) return at->second;
-  return choices_.emplace(problem, search(problem, Descriptors(problem))).first->second;
+  return choices_.emplace(problem, search(problem, Descriptors(problem, bias))).first->second;
 }
 
 bool Products::fits(const Descriptors& d, const Choice& choice) {
@@ -279,17 +294,20 @@ bool Products::fits(const Descriptors& d, const Choice& choice) {
 }
 
 // The representative's algorithm; where it does not take this very shape, one of the shape's own.
-Choice Products::choose(const Problem& problem, const Descriptors& descriptors) {
-  const Choice& shared = remembered(representative(problem));
-  return fits(descriptors, shared) ? shared : search(problem, descriptors);
+Choice Products::choose(const Problem& problem, const Descriptors& descriptors, const void* bias) {
+  const Choice& shared = remembered(representative(problem), bias);
+  if (fits(descriptors, shared)) return shared;
+  const Choice own = search(problem, descriptors);
+  if (own.found && problem.planColumns) unplanned++;
+  return own;
 }
 
-const Plan& Products::planFor(const Problem& problem) {
+const Plan& Products::planFor(const Problem& problem, const void* bias) {
   const auto at = plans_.find(problem);
   if (at != plans_.end()) return at->second;
   if (plans_.size() >= kMaxPlans) plans_.clear();
-  Descriptors descriptors(problem);
-  const Choice choice = choose(problem, descriptors);
+  Descriptors descriptors(problem, bias);
+  const Choice choice = choose(problem, descriptors, bias);
   return plans_.emplace(problem, Plan{std::move(descriptors), choice}).first->second;
 }
 
@@ -354,6 +372,8 @@ void biasFirst(const Call& call, const Gemm& g) {
 
 }  // namespace
 
+uint64_t unplannedProducts() { return unplanned.load(std::memory_order_relaxed); }
+
 void releaseGemm(cudaStream_t stream) {
   Registry& all = registry();
   const std::lock_guard<std::mutex> lock(all.mutex);
@@ -366,7 +386,7 @@ void gemm(const Call& call, const Gemm& g) {
   if (g.K == 0 || !problemOf(g, problem)) return general(call, g);
   if (g.bias && !problem.bias) return biasFirst(call, g);
   Products& products = productsOf(call);
-  const Plan& plan = products.planFor(problem);
+  const Plan& plan = products.planFor(problem, g.bias);
   if (plan.choice.found) return products.run(plan, g, context(call).stream);
   g.bias ? biasFirst(call, g) : general(call, g);
 }

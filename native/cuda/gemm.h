@@ -13,9 +13,14 @@ namespace kg::cuda {
 // in: float32, float64, bfloat16; out: the same, or float32 for bfloat16 inputs. Full float32 products (no TF32).
 //
 // Two calls of equal shape, strides and alignment (of 16 bytes) give equal bits, in any process on the same kind of
-// device with the same cuBLAS. A row's bits may depend on M: cuBLAS chooses its algorithm by the whole shape. It is
-// chosen here for M rounded up to five significant bits, or for `planRows` where that is given: rows of products that
-// differ in M alone are then computed by one algorithm.
+// device with the same cuBLAS. cuBLAS would choose its algorithm by the whole shape, and a row's bits would depend on
+// the rows around it. So products whose A has rows of unit stride (tokens, as a rule) are computed by the algorithm for
+// `planRows` rows and no batch, without split-K, whatever M and `batch` are: equal rows have equal bits in all products
+// that differ in M and batch alone, from M = 1 on. That costs a product of far fewer rows some of its rate, as the
+// tiles are those of a large one. The exceptions are counted: unplannedProducts().
+// Where A's columns have unit stride (weight gradients), and with planRows = 0, the shape decides, rounded up to five
+// significant bits along tokens, and split-K is allowed.
+constexpr int64_t kPlanRows = 4096;
 struct Gemm {
   DType in, out;
   int64_t M, N, K;
@@ -29,7 +34,7 @@ struct Gemm {
   bool accumulate = false;
   const void* bias = nullptr;  // [N], of the inputs' dtype
   int64_t batch = 1, aBatch = 0, bBatch = 0, cBatch = 0;
-  int64_t planRows = 0;
+  int64_t planRows = kPlanRows;
 };
 // Enqueues on the call's stream. Uses a workspace of its own, not the call's scratch().
 void gemm(const Call& call, const Gemm& product);

@@ -7,7 +7,7 @@
 //
 // H100, 4096 x 151,936, H 896, bfloat16: products 1.12 TFLOP, 1.13 ms at 989 TFLOP/s, 1.6 ms at the 700 within reach.
 // Logits 2.5 GB written (beside the product) and read once, from L2 for the most part: 0.5 ms at 5 TB/s, 0.75 ms
-// at 3.35. 38 chunks x 2 launches. Expected 2.2-2.5 ms in 64 MB + 0.2 MB; PyTorch's bfloat16 logits, float32
+// at 3.35. 38 chunks x 2 blocks x 2 launches. Expected 2.2-2.5 ms in 32 MB + 0.2 MB; PyTorch's bfloat16 logits, float32
 // log-softmax and gather move 1.2 + 1.2 + 2.5 + 5 + 2.5 GB, 3.7 ms beside the product, and hold 3.7 GB.
 #include "cuda/head.h"
 

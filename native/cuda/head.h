@@ -9,11 +9,12 @@ namespace kg::cuda {
 
 // The vocabulary is cut in fixed chunks, visited in order, so a row's value does not depend on how many rows there are.
 constexpr int kChunk = 4096;
-// Of logits in memory: 4096 rows of float32, products large enough for every multiprocessor, and mostly found in an L2
-// of 50 MB when the next kernel reads them.
-constexpr int64_t kBlockBytes = int64_t(64) << 20;
-// Algorithms are chosen for products of this many rows: one for every row, whatever the number of rows in the call.
-constexpr int64_t kPlanRows = 2048;
+// Of logits in memory: 2048 rows of float32. With the rows of hidden and the chunk of weights (Qwen2.5-0.5B: 4 + 7 MB)
+// they are within an L2 of 50 MB when the next kernel reads them, and the products are large enough for 132
+// multiprocessors: 256 tiles of 128 x 256 for logits, 112 of 128 x 128 for dhidden, which half the rows would leave 56.
+constexpr int64_t kBlockBytes = int64_t(32) << 20;
+// Algorithms are chosen for blocks of this many rows: one for every row, whatever the number of rows in the call.
+constexpr int64_t kBlockRows = 2048;
 
 constexpr int kHeadThreads = 256;
 constexpr int kPerThread = kChunk / kHeadThreads;
@@ -88,7 +89,7 @@ void computeLogits(const Call& call, compute_t<T>* logits, const T* hidden, cons
          width,
          logits,
          kChunk};
-  g.planRows = kPlanRows;
+  g.planRows = kBlockRows;
   gemm(call, g);
 }
 

@@ -186,12 +186,14 @@ void sequencesChunk(const Call& call, const Sequences<T>& p, const LogitsBlock& 
   launch(call, {gridOf(h.rows), kHeadThreads}, differencesKernel<T>, p, block);
   Gemm g{in,      out, h.rows,    h.width, block.columns, p.logits, stride, 1, h.weight + block.firstColumn * h.width,
          h.width, 1,   p.dhidden, h.width, 1.0,           later};
-  g.planRows = kPlanRows;
+  g.planRows = kBlockRows;
   gemm(call, g);
   if (p.gram) {
-    gemm(call, {in,    out,      h.side,      h.side,          block.columns,   p.packed,       kChunk,
-                1,     p.packed, 1,           kChunk,          p.gram,          h.side,         1.0,
-                later, nullptr,  h.sequences, h.side * kChunk, h.side * kChunk, h.side * h.side});
+    Gemm gram{in,    out,      h.side,      h.side,          block.columns,   p.packed,       kChunk,
+              1,     p.packed, 1,           kChunk,          p.gram,          h.side,         1.0,
+              later, nullptr,  h.sequences, h.side * kChunk, h.side * kChunk, h.side * h.side};
+    gram.planRows = 0;  // small and deep, and no row of it has a counterpart elsewhere: split-K
+    gemm(call, gram);
   }
   for (int k = 0; k < 2; k++) {
     if (!p.shares[k]) continue;

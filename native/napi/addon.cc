@@ -388,6 +388,7 @@ Napi::Object describeCuda(Napi::Env env) {
   }
   out.Set("driver", cuda.driver);
   out.Set("runtime", cuda.runtime);
+  out.Set("unplannedProducts", double(cuda.unplannedProducts));
   if (!cuda.cublas.empty()) out.Set("cublas", cuda.cublas);
   Napi::Array devices = Napi::Array::New(env);
   for (const kg::CudaDevice& d : cuda.devices) {

@@ -57,7 +57,9 @@ bool hasCuda() {
 
 CudaStatus cudaStatus() {
 #ifdef KG_CUDA
-  return cuda::status();
+  CudaStatus status = cuda::status();
+  status.unplannedProducts = cuda::unplannedProducts();
+  return status;
 #else
   CudaStatus none;
   none.available = false;

@@ -32,8 +32,9 @@ struct CudaStatus {
   bool available = false;
   std::string reason, remedy;  // why not, and what to do about it
   std::vector<CudaDevice> devices;
-  int driver = 0, runtime = 0;  // CUDA versions, 13000 for 13.0; 0: no driver, no CUDA in this build
-  std::string cublas;           // where it was found
+  int driver = 0, runtime = 0;     // CUDA versions, 13000 for 13.0; 0: no driver, no CUDA in this build
+  std::string cublas;              // where it was found
+  uint64_t unplannedProducts = 0;  // so far, in this process: cuda/backend.h
 };
 CudaStatus cudaStatus();
 bool hasCuda();  // whether this build contains the CUDA backend

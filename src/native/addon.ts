@@ -31,6 +31,8 @@ export interface CudaInfo {
   remedy?: string;
   driver: number;
   runtime: number;
+  /** Shapes of products so far, in this process, whose rows may have other bits than in a product of more or fewer rows. */
+  unplannedProducts?: number;
   /** The file of cuBLAS. */
   cublas?: string;
   devices: CudaDevice[];

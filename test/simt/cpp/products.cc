@@ -1,6 +1,7 @@
 // matmul on the device against the CPU: every dtype, layouts that cuBLAS takes and layouts that it does not, batches of
-// up to four axes, bias, accumulation, K = 0, and rows that do not depend on M.
+// up to four axes, bias, accumulation, K = 0, more rows than a grid has, and rows that do not depend on M.
 #include "compare.h"
+#include "cuda/backend.h"
 
 using namespace simt;
 
@@ -101,19 +102,45 @@ void runAll(Comparison& c, const Case& p) {
   run<kg::bf16, float>(c, p);
 }
 
+// Rows first..first+count of product `batch` are the same bits by themselves as among the others.
+template <class T>
+void rowsAlone(Comparison& c, const Operand& a, const Operand& b, const Tensor& all, int64_t batch, int64_t first,
+               int64_t count) {
+  const int64_t M = all.view.shape[1], N = all.view.shape[2];
+  Tensor rows = a.cuda, right = b.cuda;
+  const Tensor part = c.cuda.empty<T>({1, count, N});
+  rows.view.shape[0] = right.view.shape[0] = 1;
+  rows.view.shape[1] = count;
+  rows.view.data = static_cast<T*>(rows.view.data) + batch * rows.view.strides[0] + first * rows.view.strides[1];
+  right.view.data = static_cast<T*>(right.view.data) + batch * right.view.strides[0];
+  c.cuda.call("matmul", {part, rows, right, Tensor{}}, {1, 0});
+  const std::vector<T> everything = c.cuda.download<T>(all), alone = c.cuda.download<T>(part);
+  c.expect(memcmp(everything.data() + (batch * M + first) * N, alone.data(), alone.size() * sizeof(T)) == 0,
+           "rows among " + std::to_string(all.view.shape[0]) + " x " + std::to_string(M) + " differ, " +
+               std::to_string(count) + " from " + std::to_string(first));
+}
+
 // A row of a product has one value, whatever the rows around it: alone, in a batch, and in the general kernel.
 template <class T>
-void rowsAlone(Comparison& c, Layout layout) {
-  constexpr int64_t M = 70, K = 300, N = 33;
-  const Operand a = operand<T>(c, {}, M, K, layout, false), b = operand<T>(c, {}, K, N, Layout::Columns, false);
-  const Tensor all = c.cuda.empty<T>({M, N}), one = c.cuda.empty<T>({1, N});
+void rowsAlone(Comparison& c, int64_t batch, int64_t M, Layout layout) {
+  constexpr int64_t K = 300, N = 36;
+  const Operand a = operand<T>(c, {batch}, M, K, layout, false),
+                b = operand<T>(c, {batch}, K, N, Layout::Columns, false);
+  const Tensor all = c.cuda.empty<T>({batch, M, N});
   c.cuda.call("matmul", {all, a.cuda, b.cuda, Tensor{}}, {1, 0});
-  Tensor row = a.cuda;
-  row.view.shape[0] = 1;
-  row.view.data = static_cast<T*>(row.view.data) + 40 * row.view.strides[0];
-  c.cuda.call("matmul", {one, row, b.cuda, Tensor{}}, {1, 0});
-  const std::vector<T> everything = c.cuda.download<T>(all), alone = c.cuda.download<T>(one);
-  c.expect(memcmp(everything.data() + 40 * N, alone.data(), N * sizeof(T)) == 0, "a row among others differs");
+  rowsAlone<T>(c, a, b, all, batch - 1, 0, 1);
+  rowsAlone<T>(c, a, b, all, 0, M - 1, 1);
+  rowsAlone<T>(c, a, b, all, batch - 1, M / 2, 5);
+  rowsAlone<T>(c, a, b, all, 0, 1, M - 1);
+}
+
+// cuBLAS may refuse an algorithm for a shape: another one is found, and it shows.
+void refusedAlgorithm(Comparison& c) {
+  c.expect(kg::cuda::unplannedProducts() == 0, "products whose rows have an algorithm of their own");
+  setenv("KEELGRAD_STANDIN_STRICT", "1", 1);
+  run<float, float>(c, {{}, 5000, 8, 8, Layout::Rows, Layout::Columns});
+  run<float, float>(c, {{}, 5000, 8, 8, Layout::Rows, Layout::Columns});
+  c.expect(kg::cuda::unplannedProducts() == 1, "a refused algorithm was not counted");
 }
 
 }  // namespace
@@ -136,10 +163,15 @@ int main() {
   runAll(c, {{9, 2, 9}, 2, 3, 2, Layout::Rows, Layout::Padded, false, false, 1});
   runAll(c, {{}, 600, 64, 513, Layout::Rows, Layout::Columns, true});
   runAll(c, {{}, 64, 600, 512, Layout::Columns, Layout::Rows, false, true});
+  run<float, float>(c,
+                    {{}, 65536 * 64 + 1, 0, 1, Layout::Rows, Layout::Rows, true});  // more tiles than a grid has in y
   for (const Layout layout : {Layout::Rows, Layout::Spread}) {
-    rowsAlone<float>(c, layout);
-    rowsAlone<double>(c, layout);
-    rowsAlone<kg::bf16>(c, layout);
+    for (const auto& [batch, M] : {std::pair<int64_t, int64_t>{1, 70}, {3, 9}, {1, 700}}) {
+      rowsAlone<float>(c, batch, M, layout);
+      rowsAlone<double>(c, batch, M, layout);
+      rowsAlone<kg::bf16>(c, batch, M, layout);
+    }
   }
+  refusedAlgorithm(c);
   return c.finish();
 }

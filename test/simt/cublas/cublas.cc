@@ -4,9 +4,12 @@
 // the stream that it is given, and does not read C where beta is 0. bfloat16 is summed in float32 and rounded once.
 //
 // An algorithm remembers the alignment that it was searched for, and does not run on less: a plan used beyond the
-// conditions under which it was made is an error here, not a crash there.
+// conditions under which it was made is an error here, not a crash there. As the real heuristics, these recommend
+// another algorithm for another shape, and its order of summation differs; KEELGRAD_STANDIN_STRICT=1 refuses one for
+// more columns of D than it was searched for.
 #include "cuda/cublas.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -50,6 +53,8 @@ struct Algorithm_ {
   Operation transA, transB;
   Epilogue epilogue;
   uint32_t alignment[4];
+  uint32_t depth;  // of a block of k
+  uint32_t columns;
 };
 static_assert(sizeof(Algorithm_) <= sizeof(Algorithm), "fits into the real structure");
 
@@ -60,6 +65,7 @@ struct Product {
   double alpha, beta;
   const void *A, *B, *C;
   void* D;
+  int depth;
 };
 
 size_t sizeOf(DataType type) { return type == DataType::F64 ? 8 : type == DataType::F32 ? 4 : 2; }
@@ -87,8 +93,20 @@ Status checkProblem(const DescOpaque* desc, const LayoutOpaque* a, const LayoutO
   const bool widens = a->type == DataType::BF16 && d->type == DataType::F32;
   if (d->type != a->type && !widens) return Status::NotSupported;
   const bool bias = desc->epilogue == Epilogue::Bias;
+  if (bias && !desc->bias) return Status::InvalidValue;  // the real one may look at where it lies
   // The real library has no bias epilogue in float64 on every device; the engine must do without.
   return bias && (widens || isDouble) ? Status::NotSupported : Status::Success;
+}
+
+// Of a product with so many columns and batches, as a heuristic for the fastest might have it.
+uint32_t depthFor(int64_t columns, int32_t batch) {
+  const uint32_t depth = columns < 4 ? 2 : columns < 32 ? 8 : columns < 512 ? 24 : 256;
+  return batch > 1 ? depth / 2 : depth;
+}
+
+bool strict() {
+  const char* value = getenv("KEELGRAD_STANDIN_STRICT");
+  return value && strcmp(value, "1") == 0;
 }
 
 bool aligned(const void* data, const LayoutOpaque& layout, uint32_t alignment) {
@@ -120,7 +138,7 @@ void run(const Product& p) {
     const O* c = static_cast<const O*>(p.C) + n * p.c.stride;
     O* d = static_cast<O*>(p.D) + n * p.d.stride;
     // Rows of the product here are columns of D: their elements lie together.
-    standin::multiply<C>(p.d.columns, p.d.rows, k, b, a, [&](int64_t j, int64_t i, C sum) {
+    standin::multiply<C>(p.d.columns, p.d.rows, k, b, a, p.depth, [&](int64_t j, int64_t i, C sum) {
       C value = static_cast<C>(p.alpha) * sum;
       if (p.beta != 0) value += static_cast<C>(p.beta) * static_cast<C>(c[j * p.c.ld + i]);
       if (bias) value += static_cast<C>(bias[i]);
@@ -265,7 +283,16 @@ KG_STANDIN Status cublasLtMatmulAlgoGetHeuristic(lt::Handle handle, lt::Desc des
   *found = 0;
   const Status status = lt::checkProblem(desc, a, b, c, d);
   if (status != Status::Success) return status;
-  lt::Algorithm_ content{lt::kMagic, a->type, d->type, desc->scale, desc->transA, desc->transB, desc->epilogue, {}};
+  lt::Algorithm_ content{lt::kMagic,
+                         a->type,
+                         d->type,
+                         desc->scale,
+                         desc->transA,
+                         desc->transB,
+                         desc->epilogue,
+                         {},
+                         lt::depthFor(d->columns, d->batch),
+                         static_cast<uint32_t>(d->columns)};
   memcpy(content.alignment, preference->alignment, sizeof content.alignment);
   *results = {};
   memcpy(&results->algorithm, &content, sizeof content);
@@ -279,7 +306,9 @@ KG_STANDIN Status cublasLtMatmulAlgoCheck(lt::Handle handle, lt::Desc desc, lt::
   if (!handle || !algorithm || !result) return Status::InvalidValue;
   const Status status = lt::checkProblem(desc, a, b, c, d);
   if (status != Status::Success) return status;
-  if (!lt::matches(lt::contentOf(*algorithm), *desc, *a, *d)) return Status::InvalidValue;
+  const lt::Algorithm_ content = lt::contentOf(*algorithm);
+  if (!lt::matches(content, *desc, *a, *d)) return Status::InvalidValue;
+  if (lt::strict() && d->columns > content.columns) return Status::NotSupported;
   result->workspaceBytes = 0;
   result->state = Status::Success;
   return Status::Success;
@@ -292,9 +321,10 @@ KG_STANDIN Status cublasLtMatmul(lt::Handle handle, lt::Desc desc, const void* a
   if (!handle || !alpha || !beta || !A || !B || !C || !D || (workspaceBytes && !workspace)) return Status::InvalidValue;
   const Status status = lt::checkProblem(desc, a, b, c, d);
   if (status != Status::Success) return status;
-  if (desc->epilogue == lt::Epilogue::Bias && !desc->bias) return Status::InvalidValue;
+  int depth = standin::kMostDepth;
   if (algorithm) {
     const lt::Algorithm_ content = lt::contentOf(*algorithm);
+    depth = static_cast<int>(content.depth);
     if (!lt::matches(content, *desc, *a, *d)) return Status::InvalidValue;
     const bool sound = lt::aligned(A, *a, content.alignment[0]) && lt::aligned(B, *b, content.alignment[1]) &&
                        lt::aligned(C, *c, content.alignment[2]) && lt::aligned(D, *d, content.alignment[3]);
@@ -303,8 +333,8 @@ KG_STANDIN Status cublasLtMatmul(lt::Handle handle, lt::Desc desc, const void* a
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(stream, &capture);
   const bool once = capture == cudaStreamCaptureStatusNone;
-  auto* product =
-      new lt::Product{*desc, *a, *b, *c, *d, lt::scalar(alpha, desc->scale), lt::scalar(beta, desc->scale), A, B, C, D};
+  auto* product = new lt::Product{
+      *desc, *a, *b, *c, *d, lt::scalar(alpha, desc->scale), lt::scalar(beta, desc->scale), A, B, C, D, depth};
   simtEnqueue(stream, once ? lt::runOnce : lt::runProduct, product, "cublasLtMatmul");
   return Status::Success;
 }

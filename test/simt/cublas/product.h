@@ -1,6 +1,6 @@
 // A blocked matrix product on the host, for the stand-in cuBLAS: packed panels and a register tile. Each element is the
-// sum of its terms by ascending k, in blocks of 256, wherever in the matrix it lies: a row's bits depend on no other
-// row.
+// sum of its terms by ascending k, in blocks of `depth`, wherever in the matrix it lies: with one depth a row's bits
+// depend on no other row; with another they differ.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ struct Matrix {
   int64_t row, column;
 };
 
-constexpr int kRows = 6, kVectors = 2, kDepth = 256, kColumnBlock = 1024;
+constexpr int kRows = 6, kVectors = 2, kMostDepth = 256, kColumnBlock = 1024;
 
 template <class C>
 struct Tile {
@@ -57,23 +57,23 @@ void pack(C* panel, int width, const Matrix<T>& x, int64_t first, int64_t count,
           first + i < count ? static_cast<C>(x.data[(first + i) * x.row + (firstK + k) * x.column]) : C(0);
 }
 
-// write(i, j, sum over k of a(i, k) b(j, k)) for every i < m, j < n.
+// write(i, j, sum over k of a(i, k) b(j, k)) for every i < m, j < n; blockDepth <= kMostDepth.
 template <class C, class T, class F>
-void multiply(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, F write) {
+void multiply(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, int blockDepth, F write) {
   constexpr int kColumns = Tile<C>::kColumns;
   const int64_t rowTiles = (m + kRows - 1) / kRows;
-  std::vector<C> left(kDepth * kRows), right(kDepth * kColumnBlock), sums;
+  std::vector<C> left(kMostDepth * kRows), right(kMostDepth * kColumnBlock), sums;
   for (int64_t j0 = 0; j0 < n; j0 += kColumnBlock) {
     const int64_t tiles = (std::min<int64_t>(n - j0, kColumnBlock) + kColumns - 1) / kColumns;
     sums.assign(rowTiles * tiles * kRows * kColumns, C(0));
-    for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-      const int64_t depth = std::min<int64_t>(k - k0, kDepth);
+    for (int64_t k0 = 0; k0 < k; k0 += blockDepth) {
+      const int64_t depth = std::min<int64_t>(k - k0, blockDepth);
       for (int64_t j = 0; j < tiles; j++)
-        pack(right.data() + j * kDepth * kColumns, kColumns, b, j0 + j * kColumns, n, k0, depth);
+        pack(right.data() + j * kMostDepth * kColumns, kColumns, b, j0 + j * kColumns, n, k0, depth);
       for (int64_t i = 0; i < rowTiles; i++) {
         pack(left.data(), kRows, a, i * kRows, m, k0, depth);
         for (int64_t j = 0; j < tiles; j++)
-          multiplyTile(left.data(), right.data() + j * kDepth * kColumns, depth,
+          multiplyTile(left.data(), right.data() + j * kMostDepth * kColumns, depth,
                        sums.data() + (i * tiles + j) * kRows * kColumns);
       }
     }
