@@ -319,7 +319,7 @@ const transformerErrors: ErrorCase[] = [
     'groupedQueryAttention',
     'a head dimension beyond 256',
     (t) => attend(t, [3, 1, 257], [3, 1, 257], [3, 1, 257]),
-    /\[groupedQueryAttention\] expected a head dimension of 256 at most, found float32\[3,1,257\]/,
+    /\[groupedQueryAttention\] expected a head dimension of 256 at most, found f32\[3,1,257\]/,
   ),
   refuse('groupedQueryAttention', 'values unlike keys', (t) => attend(t, [3, 2, 4], [3, 2, 4], [3, 1, 4]), attention),
   refuse(
