@@ -210,10 +210,15 @@ function wideProduct(m: number, k: number, n: number): OpCase {
 export const kernelCases = (): OpCase[] => [
   rmsNormBackward(7, 4, 5),
   rmsNormBackward(130, 70, 67),
+  rmsNormBackward(5, 3, 1104), // a row of a GPU's block
+  rmsNormBackward(5, 3, 8200), // a row that its registers do not hold
   swigluBackward(7, 4, 5),
   swigluBackward(50, 33, 67),
   attentionBackward([{ length: 3 }, { length: 2, parent: 0 }, { length: 2, parent: 0 }], [2, 1], 4),
   attentionBackward([{ length: 70 }, { length: 40, parent: 0 }, { length: 66, parent: 0 }], [4, 2], 64),
+  attentionBackward([{ length: 9 }, { length: 5, parent: 0 }, { length: 66, parent: 0 }], [1, 1], 64), // one split
+  attentionBackward([{ length: 70 }, { length: 5, parent: 0 }, { length: 9, parent: 0 }], [2, 1], 128),
+  attentionBackward([{ length: 9 }, { length: 66, parent: 0 }, { length: 5, parent: 0 }], [2, 2], 128), // one split
   vocabHeadBackward(7, 4, 5, 11, 9),
   vocabHeadBackward(50, 33, 40, 1500, 80),
   probes(4, 5, 9, 3),

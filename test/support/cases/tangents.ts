@@ -240,7 +240,7 @@ const headBackward =
   (shape: HeadShape, target: Host, probeIds: Host): Outputs =>
   (h, w) => {
     const { side, probeSide, table } = headTable(shape);
-    const words = cast(unsqueeze(arange(w.shape[0]), 0), 'int32');
+    const words = cast(unsqueeze(arange(w.shape[0], { device: 'cpu' }), 0), 'int32');
     const hot = cast(equal(unsqueeze(toTensor(target, 'cpu', 'int32'), 1), words), 'float64');
     const d = add(hot, neg(exp(logSoftmax(linear(h, w)))));
     const pad = (x: Tensor, axis: number, length: number): Tensor =>
@@ -262,7 +262,7 @@ const headBackward =
       const at = Int32Array.from(probeIds.values.slice(table[4 * s + 2], table[4 * s + 2] + probes));
       return {
         gram: unsqueeze(pad(pad(matmul(own, transpose(own)), 0, side), 1, side), 0),
-        probes: pad(transpose(gatherRows(transpose(own), Tensor.from(at))), 1, probeSide),
+        probes: pad(transpose(gatherRows(transpose(own), Tensor.from(at, { device: 'cpu' }))), 1, probeSide),
       };
     });
     return [matmul(d, w), concat(each.map((e) => e.gram)), concat(each.map((e) => e.probes)), matmul(transpose(d), h)];
@@ -313,7 +313,7 @@ function vocabHeadSequences(shape: HeadShape): OpCase {
         // The weight's gradient is linear in the hidden rows that D multiplies.
         const f: Outputs = (h, w, c) => {
           const [dhidden, gram, probes] = headBackward(shape, target, probeIds)(h, w);
-          const words = cast(unsqueeze(arange(shape.words), 0), 'int32');
+          const words = cast(unsqueeze(arange(shape.words, { device: 'cpu' }), 0), 'int32');
           const hot = cast(equal(unsqueeze(toTensor(target, 'cpu', 'int32'), 1), words), 'float64');
           const d = add(hot, neg(exp(logSoftmax(linear(h, w)))));
           return [dhidden, gram, probes, matmul(transpose(d), c)];
@@ -402,6 +402,7 @@ export const tangentCases = (): OpCase[] => [
   shareGradient([70, 301]),
   rmsNormTangent([4, 3], 5, 5),
   rmsNormTangent([70, 60], 80, 131),
+  rmsNormTangent([3, 2], 3, 8200),
   swigluTangent(7, 4, 5),
   swigluTangent(50, 33, 131),
   vocabHeadSequences({
