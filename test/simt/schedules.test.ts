@@ -1,5 +1,5 @@
-// Each op under several schedules of threads, blocks and asynchronous copies: the bits must be the same. A missing barrier,
-// a race between blocks or an order that depends on either shows here. That the values are right, cases.test.ts says.
+// Each op under several schedules of threads, blocks and asynchronous copies, and on devices of other sizes: the bits must be
+// the same. A missing barrier, a race between blocks or an order that depends on any of these shows here. That the values are right, cases.test.ts says.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
@@ -10,8 +10,8 @@ type Digests = Readonly<Record<string, string>>;
 
 const reference: Environment = { KEELGRAD_SIMT_SCHEDULE: 'ascending', KEELGRAD_SIMT_COPIES: 'late' };
 const others: readonly Environment[] = [
-  { KEELGRAD_SIMT_SCHEDULE: 'descending', KEELGRAD_SIMT_COPIES: 'early' },
-  { KEELGRAD_SIMT_SCHEDULE: 'random:1' },
+  { KEELGRAD_SIMT_SCHEDULE: 'descending', KEELGRAD_SIMT_COPIES: 'early', KEELGRAD_SIMT_CAPABILITY: '90' },
+  { KEELGRAD_SIMT_SCHEDULE: 'random:1', KEELGRAD_SIMT_PROCESSORS: '132', KEELGRAD_SIMT_CAPABILITY: '80' },
   { KEELGRAD_SIMT_SCHEDULE: 'random:2', KEELGRAD_SIMT_STREAMS: 'eager' },
   { KEELGRAD_SIMT_SCHEDULE: 'fifo' },
 ];
