@@ -1,11 +1,11 @@
 // Packs the GPU tests and the GPU benchmark into one folder for a machine that has a GPU, CUDA and Python 3, but neither Node
-// nor npm nor a network: run.sh, the app (JavaScript, addon, recorded values, demo model) as app.tar.xz, and Node as node.xz.
+// nor npm nor a network: run.sh, the app (JavaScript, addon without symbols, recorded values, demo model) as app.tar.xz, and Node as node.xz.
 // Copy the folder there and call run.sh. Values of KEELGRAD_SHARED go into that folder only.
 //   node scripts/pack-gpu-tests.mjs [--out build/gpu-tests] [--addon FILE] [--with FILE]... [--open]
 // --addon: another addon than the built one; --with: a file to lie beside it; --open: only the app, not compressed.
 import { execFileSync } from 'node:child_process';
 import { chmodSync, cpSync, existsSync, mkdirSync, readdirSync, rmSync, statSync, writeFileSync } from 'node:fs';
-import { basename, dirname, join, resolve } from 'node:path';
+import { basename, dirname, join, relative, resolve } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { parseArgs } from 'node:util';
 import { rolldown } from 'rolldown';
@@ -15,6 +15,9 @@ const root = fileURLToPath(new URL('..', import.meta.url));
 const mostMegabytes = 60;
 /** What of KEELGRAD_SHARED the packed tests read: small models and recorded values. */
 const sharedParts = ['golden', 'data/models/stories260K', 'data/configs'];
+/** And what lies among that without a test of a stage that reads it: float32 runs, logs, enumerations. */
+const unread =
+  /\.md$|^golden\/training\/.*(\/final\.safetensors|\/adapter_final\/|\/log\.json|\/batches\.json)|^golden\/spo\/enumerable\//;
 /** Found by Node at run time: one asks for it by name, the other brings a binary. */
 const packages = { 'node-gyp-build': /./, tokenizers: /^(index\.js|package\.json|tokenizers\.linux-x64-gnu\.node)$/ };
 
@@ -67,15 +70,16 @@ function copyData(app, recorded) {
   cpSync(join(root, 'assets'), join(app, 'assets'), { recursive: true });
   cpSync(join(root, 'test', 'fixtures'), join(app, 'test', 'fixtures'), { recursive: true });
   const shared = resolve(root, process.env.KEELGRAD_SHARED ?? '../shared');
+  const isRead = (file) => !unread.test(`${relative(shared, file)}${statSync(file).isDirectory() ? '/' : ''}`);
   for (const part of sharedParts.filter((p) => recorded && existsSync(join(shared, p))))
-    cpSync(join(shared, part), join(app, 'shared', part), { recursive: true });
+    cpSync(join(shared, part), join(app, 'shared', part), { recursive: true, filter: isRead });
   const python = join('bench', 'gpu', 'peer.py');
   if (existsSync(join(root, python))) cpSync(join(root, python), join(app, python));
 }
 
 function copyAddon(app, addon, more) {
   if (!existsSync(addon)) throw new Error(`${addon} is not there; build it: npm run build:native`);
-  cpSync(addon, join(app, 'keelgrad.node'));
+  execFileSync('strip', ['-o', join(app, 'keelgrad.node'), addon]);
   for (const file of more) cpSync(file, join(app, basename(file)));
 }
 
@@ -93,6 +97,9 @@ export async function packApp(app, { addon, more = [], recorded = true }) {
   execFileSync('chmod', ['-R', 'u+w', app]);
 }
 
+/** Machine code packs better with its jumps made absolute. */
+const filter = process.arch === 'x64' ? ['--x86'] : [];
+
 /** Node without symbols, compressed; made once a version, since it takes a minute. */
 function compressedNode() {
   const kept = join(root, 'build', `node-${process.version}-${process.arch}.xz`);
@@ -100,7 +107,7 @@ function compressedNode() {
     const stripped = `${kept}.stripped`;
     mkdirSync(dirname(kept), { recursive: true });
     execFileSync('strip', ['-o', stripped, process.execPath]);
-    execFileSync('xz', ['-T0', '-6', stripped]);
+    execFileSync('xz', ['-T0', ...filter, '--lzma2=preset=6', stripped]);
     cpSync(`${stripped}.xz`, kept);
     rmSync(`${stripped}.xz`);
   }
@@ -109,7 +116,8 @@ function compressedNode() {
 
 const runScript = `#!/bin/sh
 # Runs the GPU tests: run.sh [stage...] [--list] [--jobs N] [--deadline SECONDS], or the benchmark: run.sh bench [...].
-# Needs python3 for unpacking, once, into KEELGRAD_UNPACK (./unpacked). Results go to $OUT or ./results.
+# Needs python3: for unpacking, once, into KEELGRAD_UNPACK (./unpacked), and for finding a cuBLAS that came with a package of
+# its own. Results go to $OUT or ./results.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 to=\${KEELGRAD_UNPACK:-$here/unpacked}
@@ -126,6 +134,24 @@ with lzma.open(os.path.join(here, "node.xz")) as packed, open(part, "wb") as nod
 os.chmod(part, 0o755)
 os.rename(part, os.path.join(to, "node"))
 END
+fi
+if [ -z "\${KEELGRAD_CUBLAS:-}" ]; then
+  cublas=$(python3 - <<'END'
+import ctypes, glob, os, sys
+names = ("libcublasLt.so.13", "libcublasLt.so.12")
+def linked(name):
+    try:
+        return bool(ctypes.CDLL(name))
+    except OSError:
+        return False
+homes = filter(None, [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"])
+usual = [os.path.join(home, lib, name) for home in homes for lib in ("lib64", "lib") for name in names]
+if not any(map(os.path.exists, usual)) and not any(map(linked, names)):
+    found = [f for name in names for path in sys.path for f in glob.glob(os.path.join(path, "nvidia/*/lib", name))]
+    print(os.path.dirname(found[0]) if found else "")
+END
+)
+  [ -z "$cublas" ] || export KEELGRAD_CUBLAS="$cublas"
 fi
 export KEELGRAD_ADDON="\${KEELGRAD_ADDON:-$to/app/keelgrad.node}" KEELGRAD_SHARED="$to/app/shared"
 results=\${OUT:-$here/results}
