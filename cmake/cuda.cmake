@@ -119,7 +119,8 @@ foreach(source IN LISTS KG_CUDA_KERNELS)
     set(depends DEPENDS ${KG_CUDA_HEADERS})
   endif()
   add_custom_command(OUTPUT ${object} COMMENT "nvcc ${name}.cu" VERBATIM
-    COMMAND ${KG_NVCC} -ccbin ${CMAKE_CXX_COMPILER} ${KG_CUDA_FLAGS} -MD -MF ${object}.d -c ${source} -o ${object}
+    COMMAND ${CMAKE_COMMAND} -E rm -f ${object}.csv  # nvcc appends the times of its phases
+    COMMAND ${KG_NVCC} --time ${object}.csv -ccbin ${CMAKE_CXX_COMPILER} ${KG_CUDA_FLAGS} -MD -MF ${object}.d -c ${source} -o ${object}
     MAIN_DEPENDENCY ${source} ${depends})
   list(APPEND KG_CUDA_OBJECTS ${object})
 endforeach()
