@@ -37,8 +37,9 @@ const kinds = {
     dispose();
     return { bytes: after === undefined ? undefined : after - before };
   },
-  async large({ device, size }, _, start) {
-    const { seconds, peak, used } = await stepTimes(device, size.llama, size.large);
+  async large({ device, size }, { gradientCheckpointing }, start) {
+    const more = { gradientCheckpointing };
+    const { seconds, peak, used } = await stepTimes(device, size.llama, size.large, undefined, more);
     return { seconds, peak, bytes: used === undefined ? undefined : used - start };
   },
 };

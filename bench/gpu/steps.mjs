@@ -33,14 +33,20 @@ function dataOf({ pairs, prompt, response }, vocabulary) {
 }
 
 /** Seconds of each step after the first two; `between` runs after each update has been enqueued. */
-export async function stepTimes(device, config, work, between = () => {}) {
+export async function stepTimes(device, config, work, between = () => {}, more = {}) {
   trimMemory(device);
   const model = randomModel(parseModelConfig(config), device);
   addLora(model, lora);
   const data = dataOf(work, config.vocab_size);
   const options = resolveOptions(
     'dpo',
-    { batchSize: work.pairs, maxSteps: work.steps + 2, maxLength: work.prompt + work.response, shuffle: false },
+    {
+      batchSize: work.pairs,
+      maxSteps: work.steps + 2,
+      maxLength: work.prompt + work.response,
+      shuffle: false,
+      ...more,
+    },
     { requirePaths: false },
   );
   const enqueued = [];
@@ -114,13 +120,13 @@ async function launchOverhead({ device, size, rows, tiny }, ours) {
 }
 
 /** In a process of its own: all that it takes of the GPU counts, context, scratch and workspaces too. */
-function largeModel(context) {
+function largeModel(context, gradientCheckpointing) {
   const { pairs, prompt, response } = context.size.large;
-  const { seconds, peak, bytes } = inChild(context, 'large');
+  const { seconds, peak, bytes } = inChild(context, 'large', { gradientCheckpointing });
   const all = bytes === undefined ? 'process not measured: no nvidia-smi' : `${formatBytes(bytes)} of the process`;
   context.rows.push({
     section: 'DPO steps',
-    name: `Llama-3.2-3B, LoRA r${lora.r}, ${pairs} pairs x ${prompt + response}, no recomputation`,
+    name: `Llama-3.2-3B, LoRA r${lora.r}, ${pairs} pairs x ${prompt + response}, ${gradientCheckpointing ? 'gradient checkpointing' : 'no recomputation'}`,
     goal: '<= 24 GB',
     ours: `${all}, peak of tensors ${formatBytes(peak)}, ${formatTime(seconds)} a step`,
     ...(bytes !== undefined && { met: bytes <= 24e9 }),
@@ -136,5 +142,6 @@ export async function steps(context) {
   tellPeer(rows, `${name}; TRL's defaults`, '>= 3', ours, await peer.measure('dpo', { ...told, variant: 'trl' }), 3);
   tellPeer(rows, `${name}; tuned`, '>= 1.5', ours, await peer.measure('dpo', { ...told, variant: 'tuned' }), 1.5);
   await launchOverhead(context, ours);
-  largeModel(context);
+  largeModel(context, true);
+  largeModel(context, false);
 }
