@@ -61,7 +61,7 @@ const commands: { readonly [M in Method]: CommandSpec<M> } = {
   spo: {
     summary: 'stable preference optimization: bilevel, keeps chosen answers likely',
     about: `Stable preference optimization: DPO above, SFT below, the backbone and an adapter as the two levels. ${trainingFiles}`,
-    example: 'keelgrad spo --model runs/sft/model --data pairs.jsonl --output runs/spo --lambda 1 --gamma 0.1',
+    example: 'keelgrad spo --model runs/sft/model --data pairs.jsonl --output runs/spo --lambda 1 --gamma 0.001',
     run: runTrain,
   },
   score: {

@@ -184,7 +184,6 @@ const changes: Readonly<Record<TrainMethod, readonly Change[]>> = {
       change: () => ({ 'regularizer-method': 'finite-differences' }),
     },
     { option: 'preset', change: () => ({ preset: 'paper' }) },
-    { option: 'preset', change: () => ({ preset: 'recommended' }) },
     { option: 'lambdaSchedule', change: () => ({ 'lambda-schedule': 'linear' }) },
     {
       option: 'lambdaSchedule',

@@ -112,8 +112,8 @@ describe('a library call', () => {
       using model = await loadModel(path, { lora });
       return stable(await steps(spo(model, pairs, { maxSteps: 3, ...options })));
     };
-    const preset = await of({ preset: 'recommended' });
-    expect(preset).toEqual(await of({ ...spoPresets.recommended }));
+    const preset = await of({ preset: 'paper', epochs: undefined });
+    expect(preset).toEqual(await of({ ...spoPresets.paper, epochs: undefined }));
     expect(preset).not.toEqual(await of({}));
     const lower = { steps: 2, lr: 1e-3, solver: 'momentum', warmStart: true } as const;
     const flat = { lowerSteps: 2, lowerLearningRate: 1e-3, lowerSolver: 'momentum', lowerWarmStart: true } as const;
