@@ -21,6 +21,7 @@ export { loadTokenizer, type Tokenizer } from './io/tokenizer.js';
 export { CausalLM, type Targets } from './models/causal-lm.js';
 export type { ModelConfig } from './models/config.js';
 export { countParameters, type ModelParameters, type ParameterMap } from './models/parameters.js';
+export { captureGraph, type Graph, type GraphCounts } from './native/graph.js';
 export { type RuntimeInfo, runtimeInfo, setThreads } from './native/info.js';
 export { mergeAdapters } from './nn/lora.js';
 export * from './objectives/index.js';

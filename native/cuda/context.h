@@ -44,13 +44,15 @@ struct FaultSink {
   FaultSlot* slots;
   int32_t kernel;
   uint32_t ticket;
+  const uint32_t* replay;  // in a graph: the ticket of its first launch in this replay, the others count from it
 };
 #ifdef KG_DEVICE_CODE
 // A slot that an earlier launch holds stays its own until the host has read and cleared it; the next free one is taken.
 KG_DEVICE void reportFault(const FaultSink& sink, FaultKind kind, int64_t a, int64_t b, int64_t c) {
-  const int32_t ticket = static_cast<int32_t>(sink.ticket);
+  const uint32_t launch = sink.ticket + (sink.replay ? *sink.replay : 0);
+  const int32_t ticket = static_cast<int32_t>(launch);
   for (uint32_t i = 0; i < kFaultSlots; i++) {
-    FaultSlot& slot = sink.slots[(sink.ticket + i) % kFaultSlots];
+    FaultSlot& slot = sink.slots[(launch + i) % kFaultSlots];
     const int32_t holder = atomicCas(&slot.ticket, 0, ticket);
     if (holder == ticket) return;
     if (holder != 0) continue;

@@ -52,6 +52,8 @@ Queue::Queue(int device) : device_(device) {
   check(cudaMalloc(reinterpret_cast<void**>(&slots_), kFaultSlots * sizeof(FaultSlot)), "cudaMalloc");
   held_ = kFaultSlots * sizeof(FaultSlot);
   check(cudaMemsetAsync(slots_, 0, kFaultSlots * sizeof(FaultSlot), context_.stream), "cudaMemset");
+  check(cudaMalloc(reinterpret_cast<void**>(&replay_), sizeof *replay_), "cudaMalloc");
+  held_ += sizeof *replay_;
   completer_ = std::thread([this] { completionLoop(); });
 }
 
@@ -62,6 +64,7 @@ Queue::~Queue() {
   freeRetired(nullptr);
   cudaFree(scratch_);
   cudaFree(slots_);
+  cudaFree(replay_);
   for (cudaEvent_t event : events_) cudaEventDestroy(event);
   cudaStreamDestroy(context_.stream);
 }
@@ -86,7 +89,9 @@ void Queue::start(FaultHandler handler, Reclaim reclaim) {
   cudaSetDevice(device_);
 }
 
-void Queue::launching(KernelId id, uint32_t ticket) { context_.faults = {slots_, static_cast<int32_t>(id), ticket}; }
+void Queue::launching(KernelId id, uint32_t ticket) {
+  context_.faults = {slots_, static_cast<int32_t>(id), ticket, context_.faults.replay};
+}
 
 void Queue::fill(char* data, int byte, size_t count) {
   check(cudaMemsetAsync(data, byte, count, context_.stream), "cudaMemset");
@@ -199,6 +204,7 @@ void Queue::lastCopyOut(void* to, const char* from, size_t count, std::shared_pt
 }
 
 void Queue::readFaults(const FaultSlot* slots) {
+  std::lock_guard<std::mutex> lock(capture_);  // what another thread enqueues meanwhile would be captured
   for (uint32_t i = 0; i < kFaultSlots; i++) {
     if (slots[i].ticket == 0 || slots[i].ticket == reported_[i]) continue;
     reported_[i] = slots[i].ticket;

@@ -32,6 +32,8 @@ class Queue final : public DeviceQueue {
   void fill(char* data, int byte, size_t count) override;
   void* scratch(size_t bytes) override;
   size_t held() const override { return held_.load(std::memory_order_relaxed); }
+  bool prepare(std::unique_ptr<DeviceGraph>& graph, const std::function<void()>& launches) override;
+  void replay(DeviceGraph& graph, uint32_t ticket) override;
   void finish() override;
 
   const Context& context() const { return context_; }
@@ -48,6 +50,7 @@ class Queue final : public DeviceQueue {
     Then then;
   };
 
+  cudaGraph_t capture(const std::function<void()>& launches);
   void complete(cudaError_t error, PinnedBlock block, Then then);
   void copyOut(void* to, const char* from, size_t count);
   void lastCopyOut(void* to, const char* from, size_t count, std::shared_ptr<Done> done);
@@ -64,6 +67,8 @@ class Queue final : public DeviceQueue {
   Context context_{};
   FaultSlot* slots_ = nullptr;          // on the device
   int32_t reported_[kFaultSlots] = {};  // tickets: a fault is read with every copy until its slot has been cleared
+  uint32_t* replay_ = nullptr;          // FaultSink's, on the device
+  std::mutex capture_;                  // while the stream captures
   FaultHandler handler_;
   Reclaim reclaim_;
   void* scratch_ = nullptr;

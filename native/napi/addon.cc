@@ -9,6 +9,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "ops/backend.h"
@@ -68,6 +69,7 @@ class Instance {
     const double* end = p + kCommandDoubles;
     auto id = static_cast<int>(p[0]);
     Stream& target = stream(p[1]);
+    if (capturing_ && capturing_ != &target) kg::fail("expected kernels on the device of the captured function");
     auto tensors = static_cast<size_t>(p[2]), attributes = static_cast<size_t>(p[3]);
     p += 4;
     if (id < 0 || id >= kg::kKernelCount) kg::fail("unknown kernel %d", id);
@@ -80,6 +82,16 @@ class Instance {
     if (p + attributes > end) kg::fail("a command with %zu attributes is too long", attributes);
     target.launch(static_cast<kg::KernelId>(id), views_.data(), owners_.data(), static_cast<int>(tensors), p,
                   static_cast<int>(attributes));
+  }
+
+  void beginGraph(Stream& on) {
+    if (capturing_) kg::fail("expected no capture inside of a captured function");
+    on.beginGraph();
+    capturing_ = &on;
+  }
+  Stream& capturing() {
+    if (!capturing_) kg::fail("expected a capture to end, found none");
+    return *std::exchange(capturing_, nullptr);
   }
 
   // Resolves `deferred` on the JavaScript thread once the copy has run.
@@ -156,6 +168,7 @@ class Instance {
   napi_env env_;
   napi_threadsafe_function notify_ = nullptr;
   std::vector<std::unique_ptr<Stream>> streams_;
+  Stream* capturing_ = nullptr;
   std::unique_ptr<double[]> commands_{new double[kCommandDoubles]};
   std::vector<TensorView> views_;
   std::vector<Storage*> owners_;
@@ -205,6 +218,12 @@ napi_value toValue(napi_env env, double d) {
   napi_value v;
   napi_create_double(env, d, &v);
   return v;
+}
+
+napi_value numbers(napi_env env, const std::vector<double>& values) {
+  Napi::Array out = Napi::Array::New(env);
+  for (uint32_t i = 0; i < values.size(); i++) out.Set(i, values[i]);
+  return out;
 }
 
 struct Bytes {
@@ -338,6 +357,37 @@ napi_value setSynchronous(napi_env env, Instance* self, napi_value* args) {
   return nullptr;
 }
 
+napi_value beginGraph(napi_env env, Instance* self, napi_value* args) {
+  self->beginGraph(self->stream(number(env, args[0])));
+  return nullptr;
+}
+
+// endGraph(keep) -> graph, or undefined
+napi_value endGraph(napi_env env, Instance* self, napi_value* args) {
+  bool keep = false;
+  napi_get_value_bool(env, args[0], &keep);
+  Stream& s = self->capturing();
+  if (keep) return toValue(env, s.endGraph());
+  s.abandonGraph();
+  return nullptr;
+}
+
+napi_value replayGraph(napi_env env, Instance* self, napi_value* args) {
+  self->stream(number(env, args[0])).replay(static_cast<uint32_t>(number(env, args[1])));
+  return nullptr;
+}
+
+napi_value dropGraph(napi_env env, Instance* self, napi_value* args) {
+  self->stream(number(env, args[0])).dropGraph(static_cast<uint32_t>(number(env, args[1])));
+  return nullptr;
+}
+
+// graphCounts(stream, graph): launches in a run, runs so far, of them as a graph of the device
+napi_value graphCounts(napi_env env, Instance* self, napi_value* args) {
+  const kg::GraphCounts c = self->stream(number(env, args[0])).graphCounts(static_cast<uint32_t>(number(env, args[1])));
+  return numbers(env, {double(c.launches), double(c.runs), double(c.deviceRuns)});
+}
+
 // Kernels size scratch by the thread count, so it may not change under one that runs.
 napi_value setThreads(napi_env env, Instance* self, napi_value* args) {
   int threads = static_cast<int>(number(env, args[0]));
@@ -361,13 +411,10 @@ napi_value resetPeak(napi_env env, Instance* self, napi_value* args) {
 napi_value memory(napi_env env, Instance* self, napi_value* args) {
   auto& table = self->stream(number(env, args[0])).storages();
   const kg::MemoryCounters& c = table.counters();
-  Napi::Array out = Napi::Array::New(env);
-  double values[] = {double(c.storages), double(c.allocated), double(c.peak), double(table.reserved()),
-                     double(table.scratch())};
-  uint32_t at = 0;
-  for (double v : values) out.Set(at++, v);
-  for (size_t v : c.byTag) out.Set(at++, double(v));
-  return out;
+  std::vector<double> values{double(c.storages), double(c.allocated), double(c.peak), double(table.reserved()),
+                             double(table.scratch())};
+  values.insert(values.end(), std::begin(c.byTag), std::end(c.byTag));
+  return numbers(env, values);
 }
 
 // adjustExternal(bytes): tells V8 about memory that its objects hold on to
@@ -456,6 +503,11 @@ NAPI_MODULE_INIT() {
   KG_DEFINE(downloadSync, 4);
   KG_DEFINE(synchronize, 1);
   KG_DEFINE(setSynchronous, 2);
+  KG_DEFINE(beginGraph, 1);
+  KG_DEFINE(endGraph, 1);
+  KG_DEFINE(replayGraph, 2);
+  KG_DEFINE(dropGraph, 2);
+  KG_DEFINE(graphCounts, 2);
   KG_DEFINE(setThreads, 1);
   KG_DEFINE(getThreads, 0);
   KG_DEFINE(trim, 1);

@@ -19,6 +19,12 @@ namespace kg {
 // Why a result is not valid: "[op] expected ..."; null where it is.
 using Fault = std::shared_ptr<const std::string>;
 
+// Launches that a device runs as one.
+class DeviceGraph {
+ public:
+  virtual ~DeviceGraph() = default;
+};
+
 class DeviceQueue {
  public:
   // A kernel met a fault in its data; `ticket` is that of its launch. Called on the thread that calls `done`, before
@@ -49,6 +55,13 @@ class DeviceQueue {
   virtual void* scratch(size_t bytes) = 0;
   // Bytes of the device's memory that are outside of all storages: scratch, workspaces. Any thread.
   virtual size_t held() const = 0;
+  // Makes a graph of what `launches` enqueues, which does not run, unless `graph` still is one of it. False where the
+  // device has no such thing, or does not take these.
+  virtual bool prepare(std::unique_ptr<DeviceGraph>& /*graph*/, const std::function<void()>& /*launches*/) {
+    return false;
+  }
+  // Runs it. `ticket` is that of its first launch; the others follow.
+  virtual void replay(DeviceGraph&, uint32_t /*ticket*/) {}
   // Waits for the device, and for every `done`. After the executor has ended; throws nothing.
   virtual void finish() {}
 };

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -37,6 +38,7 @@ Storage& StorageTable::newSlot(double* handle) {
   s.generation = (s.generation + 1) & 0xfffffff;
   s.references = 1;
   s.readOnly = false;
+  s.index = index;
   counters_.storages++;
   *handle = index + s.generation * kIndexSpace;
   return s;
@@ -46,13 +48,49 @@ std::unique_lock<std::mutex> StorageTable::lockAllocator() {
   return mode_.shared ? std::unique_lock<std::mutex>(mutex_) : std::unique_lock<std::mutex>();
 }
 
+// Segments of their own sizes: a graph seldom needs a large one, and keeps what it has.
+Pool::Pool(MemorySource source, bool direct)
+    : source_{source.acquire, source.release, source.left, source.self, 0}, direct_(direct), allocator_(source_) {}
+
+Pool::~Pool() {
+  for (auto [memory, bytes] : gone_) source_.release(source_.self, memory, bytes);
+}
+
+void* Pool::allocate(size_t bytes) {
+  return direct_ ? source_.acquire(source_.self, bytes) : allocator_.allocate(bytes);
+}
+
+// In the order of commands, so that whoever gets the memory next gets it next time too.
+void Pool::release(void* memory, size_t bytes) {
+  if (!direct_) return allocator_.release(memory, bytes, 0);
+  gone_.emplace_back(memory, bytes);
+}
+
+std::shared_ptr<Pool> StorageTable::beginPool() { return pool_ = std::make_shared<Pool>(source_, mode_.direct); }
+
+void StorageTable::letGo(std::shared_ptr<Pool>& pool) {
+  if (pool.use_count() == 1) {
+    hooks_.synchronize();  // commands in flight may still use the memory
+    poolsReserved_ -= pool->reserved();
+    freeSlots_.insert(freeSlots_.end(), pool->slots.begin(), pool->slots.end());
+  }
+  pool.reset();
+}
+
 void* StorageTable::allocate(size_t bytes) {
+  if (pool_) {
+    const size_t before = pool_->reserved();
+    void* memory = pool_->allocate(bytes);
+    poolsReserved_ += pool_->reserved() - before;
+    return memory;
+  }
   if (mode_.direct) return source_.acquire(source_.self, bytes);
   auto lock = lockAllocator();
   return allocator_.allocate(bytes);
 }
 
-void StorageTable::giveBack(void* memory, size_t bytes) {
+void StorageTable::giveBack(const Storage& s, void* memory, size_t bytes) {
+  if (s.pool) return s.pool->release(memory, bytes);
   if (mode_.direct) {
     hooks_.synchronize();
     return source_.release(source_.self, memory, bytes);
@@ -65,13 +103,16 @@ void StorageTable::failFor(size_t bytes) {
   hooks_.outOfMemory();
   constexpr double mib = 1 << 20;
   const size_t* t = counters_.byTag;
-  char device[192] = "";
+  char device[224] = "";
   if (source_.left) {
     size_t free = 0, total = 0;
     source_.left(source_.self, &free, &total);
-    snprintf(device, sizeof device,
-             ", by kernels as scratch %.1f, in the cache for reuse %.1f; the device has %.1f of %.1f MiB left",
-             scratch() / mib, (reserved() - counters_.allocated) / mib, free / mib, total / mib);
+    const size_t graphs = poolsReserved_ - std::min(pooled_, poolsReserved_);
+    snprintf(
+        device, sizeof device,
+        ", by kernels as scratch %.1f, in the cache for reuse %.1f, kept for graphs %.1f; the device has %.1f of %.1f "
+        "MiB left",
+        scratch() / mib, (reserved() - counters_.allocated - graphs) / mib, graphs / mib, free / mib, total / mib);
   }
   failOutOfMemory(
       "out of memory: %.1f MiB asked for; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "
@@ -99,7 +140,9 @@ double StorageTable::create(size_t bytes, Tag tag) {
   s.data = data;
   s.bytes = bytes;
   s.tag = tag;
+  s.pool = pool_;
   counters_.allocated += bytes;
+  if (s.pool) pooled_ += bytes;
   counters_.byTag[static_cast<int>(tag)] += bytes;
   if (counters_.allocated > counters_.peak) counters_.peak = counters_.allocated;
   return handle;
@@ -140,8 +183,7 @@ Storage& StorageTable::at(double handle) {
   return s;
 }
 
-void StorageTable::release(double handle) {
-  Storage& s = at(handle);
+void StorageTable::release(Storage& s) {
   if (--s.references > 0) return;
   if (s.mapping) {
     hooks_.synchronize();  // a command in flight may still read the file
@@ -149,16 +191,20 @@ void StorageTable::release(double handle) {
   } else if (s.data) {
     if (mode_.guards) {
       hooks_.check(s.data - kGuard, s.bytes + 2 * kGuard);
-      giveBack(s.data - kGuard, s.bytes + 2 * kGuard);
+      giveBack(s, s.data - kGuard, s.bytes + 2 * kGuard);
     } else {
-      giveBack(s.data, s.bytes);
+      giveBack(s, s.data, s.bytes);
     }
     counters_.allocated -= s.bytes;
+    if (s.pool) pooled_ -= s.bytes;
     counters_.byTag[static_cast<int>(s.tag)] -= s.bytes;
   }
   s.data = nullptr;
   counters_.storages--;
-  freeSlots_.push_back(static_cast<uint32_t>(indexOf(handle)));
+  if (!s.pool) return freeSlots_.push_back(s.index);
+  s.pool->slots.push_back(s.index);
+  auto pool = std::move(s.pool);
+  letGo(pool);
 }
 
 size_t StorageTable::trim() {
@@ -174,7 +220,7 @@ size_t StorageTable::reclaim(uint64_t position) {
 size_t StorageTable::reserved() {
   if (mode_.direct) return counters_.allocated;
   auto lock = lockAllocator();
-  return allocator_.reserved();
+  return allocator_.reserved() + poolsReserved_;
 }
 
 }  // namespace kg

@@ -26,6 +26,8 @@ struct Mapping {
   ~Mapping();
 };
 
+class Pool;
+
 struct Storage {
   char* data = nullptr;
   size_t bytes = 0;
@@ -34,6 +36,8 @@ struct Storage {
   Tag tag = Tag::Activation;
   bool readOnly = false;
   std::shared_ptr<Mapping> mapping;
+  uint32_t index = 0;          // of the slot
+  std::shared_ptr<Pool> pool;  // whose memory it is; null: the table's
   // Why the contents are not valid, and of which tenant of the slot. The executor's (stream.h), not the table's.
   std::shared_ptr<const std::string> fault;
   uint32_t faultGeneration = 0;
@@ -61,6 +65,25 @@ struct Allocation {
   bool shared = false;  // reclaim() may be called
 };
 
+// Memory that commands use which are run again: nobody else gets it, nor the slots of its storages, until the pool
+// goes.
+class Pool {
+ public:
+  Pool(MemorySource source, bool direct);
+  ~Pool();
+  void* allocate(size_t bytes);
+  void release(void* memory, size_t bytes);
+  size_t reserved() const { return allocator_.reserved(); }
+
+  std::vector<uint32_t> slots;  // of storages that are gone
+
+ private:
+  MemorySource source_;
+  const bool direct_;
+  CachingAllocator allocator_;
+  std::vector<std::pair<void*, size_t>> gone_;  // direct ones: an address is not used twice
+};
+
 class StorageTable {
  public:
   StorageTable(MemorySource source, StreamHooks& hooks, Allocation mode)
@@ -69,8 +92,14 @@ class StorageTable {
   // Throws Error("out of memory ...") with what is held by whom.
   double create(size_t bytes, Tag tag);
   double map(const char* path);
-  void retain(double handle) { at(handle).references++; }
-  void release(double handle);
+  void retain(double handle) { retain(at(handle)); }
+  void release(double handle) { release(at(handle)); }
+  void retain(Storage& s) { s.references++; }
+  void release(Storage& s);
+  // Storages made from here to endPool() are the pool's. It lives as long as they, or the caller, hold it.
+  std::shared_ptr<Pool> beginPool();
+  void endPool() { letGo(pool_); }
+  void letGo(std::shared_ptr<Pool>& pool);
   // Throws on a stale or unknown handle.
   Storage& at(double handle);
   size_t trim();
@@ -89,13 +118,15 @@ class StorageTable {
   char* obtain(size_t bytes);
   [[noreturn]] void failFor(size_t bytes);
   void* allocate(size_t bytes);
-  void giveBack(void* memory, size_t bytes);
+  void giveBack(const Storage& s, void* memory, size_t bytes);
 
   std::unique_lock<std::mutex> lockAllocator();
 
   MemorySource source_;
   std::mutex mutex_;  // of the allocator, where reclaim() may be called
   CachingAllocator allocator_;
+  std::shared_ptr<Pool> pool_;
+  size_t pooled_ = 0, poolsReserved_ = 0;  // bytes of live storages in pools; of the pools
   StreamHooks& hooks_;
   Allocation mode_;
   std::deque<Storage> slots_;  // addresses are stable

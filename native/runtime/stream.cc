@@ -6,8 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
+#include "runtime/command.h"
 #include "runtime/error.h"
+#include "runtime/graph.h"
 
 namespace kg {
 namespace {
@@ -17,8 +20,6 @@ constexpr int kSpins = 3000;
 constexpr std::chrono::milliseconds kRingPause(1);  // a full ring lasts longer, and kernels need the cores
 constexpr uint64_t kLaunchesPerCheck = 1 << 14;     // a deferred queue is asked for faults this often, read or not
 constexpr unsigned char kGuardByte = 0xcb;          // as float32 about -2.7e7, never a plausible value
-
-enum class Kind : uint32_t { Launch, Upload, Download, Fence, Fill, Check, Wrap };
 
 KG_INLINE void cpuRelax() {
 #if defined(__x86_64__)
@@ -69,26 +70,6 @@ struct Stream::Transfer {
   std::condition_variable wake;
   bool arrived = false;
   Fault fault;
-};
-
-// A command in the ring: this header, then (Launch) tensors, owners, attributes; (Upload) the bytes, unless they are in
-// a heap block or a mapped file.
-struct Stream::Header {
-  uint64_t bytes;
-  Kind kind;
-  KernelId kernel;
-  int32_t tensorCount, attributeCount;
-  Owner owner;
-  char* data;
-  void* host;
-  std::shared_ptr<const Mapping>* file;
-  std::shared_ptr<Transfer>* transfer;
-  uint64_t count;
-  std::function<void(Fault)>* done;
-
-  TensorView* tensors() { return reinterpret_cast<TensorView*>(this + 1); }
-  Owner* owners() { return reinterpret_cast<Owner*>(tensors() + tensorCount); }
-  double* attributes() { return reinterpret_cast<double*>(owners() + tensorCount); }
 };
 
 Stream::Stream(const KernelTable& kernels, const KernelInfo* infos, std::unique_ptr<DeviceQueue> queue, Allocation mode)
@@ -154,13 +135,19 @@ void Stream::launch(KernelId id, const TensorView* tensors, Storage* const* owne
   for (int i = 0; i < tensorCount; i++)
     h->owners()[i] = Owner::of(owners[i], tensors[i].numel() * dtypeSize(tensors[i].dtype));
   memcpy(h->attributes(), attributes, attributeCount * sizeof(double));
+  record(h, owners);
   publish(h);
+  settle();
+}
+
+void Stream::settle() {
   if (!synchronous_) return;
   synchronize();
   if (Fault fault = takeFault()) fail("%s", fault->c_str());
 }
 
 Stream::Header* Stream::reserveUpload(Storage* to, size_t offset, void* host, size_t count, size_t inlined) {
+  refuseInGraph("data from the host");
   Header* h = reserve(sizeof(Header) + inlined);
   h->kind = Kind::Upload;
   h->owner = Owner::of(to, count);
@@ -189,6 +176,7 @@ void Stream::uploadMapped(Storage* to, size_t offset, std::shared_ptr<const Mapp
 }
 
 void Stream::transfer(Storage* to, Stream& source, Storage* from, size_t fromOffset) {
+  refuseInGraph("data from another device");
   auto way = std::make_shared<Transfer>(to->bytes);
   source.download(from, fromOffset, way->bytes.get(), to->bytes, [way](Fault fault) { way->arrive(std::move(fault)); });
   Header* h = reserveUpload(to, 0, way->bytes.get(), to->bytes);
@@ -197,6 +185,7 @@ void Stream::transfer(Storage* to, Stream& source, Storage* from, size_t fromOff
 }
 
 void Stream::download(Storage* from, size_t offset, void* to, size_t count, std::function<void(Fault)> done) {
+  refuseInGraph("a read of data");
   Header* h = reserve(sizeof(Header));
   h->kind = Kind::Download;
   h->owner = Owner::of(from, count);
@@ -221,8 +210,10 @@ Fault Stream::read(Storage* from, size_t offset, void* to, size_t count) {
 void Stream::filled(char* data, size_t bytes) {
   Header* h = reserve(sizeof(Header));
   h->kind = Kind::Fill;
+  h->tensorCount = 0;
   h->data = data;
   h->count = bytes;
+  record(h, nullptr);
   publish(h);
 }
 
@@ -333,6 +324,8 @@ void Stream::execute(Header* h) {
       return queue_->fill(h->data, kGuardByte, h->count);
     case Kind::Check:
       return executeCheck(h);
+    case Kind::Replay:
+      return executeReplay(*h->graph);
   }
 }
 
@@ -420,10 +413,7 @@ void Stream::executeKernel(Header* h) {
   Fault fault = enterKernel(info, h);
   if (!fault) {
     try {
-      Call call{h->tensors(), h->tensorCount, h->attributes(), h->attributeCount, this};
-      Kernel kernel = kernels_.kernels[static_cast<int>(h->kernel)];
-      if (!kernel) fail("has no %s kernel in this build", kernels_.name);
-      return kernel(call);
+      return callKernel(h);
     } catch (const OutOfMemory& e) {
       fault = faultOf(info, e.what() + shapesOf(h->tensors(), h->tensorCount));
     } catch (const std::exception& e) {
@@ -431,16 +421,33 @@ void Stream::executeKernel(Header* h) {
     }
     report(fault);
   }
-  if (info.inPlace) return;
   auto lock = lockFaults();
+  markOutputs(h, fault);
+}
+
+void Stream::callKernel(Header* h) {
+  Call call{h->tensors(), h->tensorCount, h->attributes(), h->attributeCount, this};
+  Kernel kernel = kernels_.kernels[static_cast<int>(h->kernel)];
+  if (!kernel) fail("has no %s kernel in this build", kernels_.name);
+  kernel(call);
+}
+
+void Stream::markOutputs(Header* h, const Fault& fault) {
+  const KernelInfo& info = infos_[static_cast<int>(h->kernel)];
+  if (info.inPlace) return;
   for (int i = 0; i < info.outputs; i++)
     if (h->owners()[i].valid()) h->owners()[i].mark(fault);
+}
+
+void Stream::countLaunches(uint64_t count) {
+  const uint64_t before = std::exchange(launches_, launches_ + count);
+  if (deferred_ && before / kLaunchesPerCheck != launches_ / kLaunchesPerCheck) fence(nullptr);
 }
 
 // The fault of what the kernel reads, if there is one; otherwise its outputs count as written.
 Fault Stream::enterKernel(const KernelInfo& info, Header* h) {
   const Owner* owners = h->owners();
-  if (deferred_ && ++launches_ % kLaunchesPerCheck == 0) fence(nullptr);
+  countLaunches(1);
   auto lock = lockFaults();
   if (deferred_) queue_->launching(h->kernel, log_.launched(info, owners, h->tensorCount));
   for (int i = 0; i < h->tensorCount; i++)

@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -20,8 +21,15 @@
 
 namespace kg {
 
+class Graph;
+struct GraphCounts {
+  uint64_t launches, runs, deviceRuns;  // in a run; runs after the recording; of them as a graph of the device
+};
+
 class Stream : public StreamHooks {
  public:
+  struct Header;  // a command; command.h
+
   Stream(const KernelTable& kernels, const KernelInfo* infos, std::unique_ptr<DeviceQueue> queue, Allocation mode);
   ~Stream();  // drops what has not started, waits for what has
 
@@ -47,6 +55,16 @@ class Stream : public StreamHooks {
   // Runs every command before launch returns and throws its fault there.
   void setSynchronous(bool on) { synchronous_ = on; }
 
+  // What is enqueued between begin and end runs as ever and is recorded: kernels alone, anything else is refused.
+  void beginGraph();
+  uint32_t endGraph();
+  void abandonGraph();
+  // Enqueues it all again, with the storages that it had: their contents are what they are by then.
+  void replay(uint32_t graph);
+  // Waits for the stream.
+  void dropGraph(uint32_t graph);
+  GraphCounts graphCounts(uint32_t graph);
+
   DeviceQueue& queue() { return *queue_; }  // for kernels, on the executor's thread
 
   void filled(char* data, size_t bytes) override;
@@ -56,7 +74,6 @@ class Stream : public StreamHooks {
   uint64_t position() override { return written_.load(std::memory_order_relaxed); }
 
  private:
-  struct Header;
   struct Transfer;
   Header* reserve(size_t bytes);
   Header* reserveUpload(Storage* to, size_t offset, void* host, size_t count, size_t inlined = 0);
@@ -64,6 +81,9 @@ class Stream : public StreamHooks {
   void executorLoop();
   void execute(Header* header);
   void executeKernel(Header* header);
+  void callKernel(Header* header);
+  void markOutputs(Header* header, const Fault& fault);
+  void countLaunches(uint64_t count);
   Fault enterKernel(const KernelInfo& info, Header* header);
   void executeUpload(Header* header);
   void executeDownload(Header* header);
@@ -77,6 +97,16 @@ class Stream : public StreamHooks {
   Fault takeDeviceFault();
   void awaitIdle(const std::function<bool()>& done);
   void wakeWaiters();
+  void settle();
+  void record(Header* header, Storage* const* owners);
+  void refuseInGraph(const char* what);
+  [[noreturn]] static void failForGraph(const char* what);
+  std::unique_ptr<Graph>& graphOf(uint32_t id);
+  void drop(Graph& graph);
+  void executeReplay(Graph& graph);
+  bool replayOnDevice(Graph& graph);
+  bool enterGraph(Graph& graph, uint32_t* firstTicket);
+  void spoil(Graph& graph, const Fault& fault);
   std::unique_lock<std::mutex> lockFaults();
 
   const KernelTable& kernels_;
@@ -85,6 +115,9 @@ class Stream : public StreamHooks {
   const bool deferred_;
   StorageTable storages_;
   bool synchronous_ = false;
+  std::map<uint32_t, std::unique_ptr<Graph>> graphs_;
+  std::unique_ptr<Graph> recording_;
+  uint32_t lastGraph_ = 0;
 
   std::unique_ptr<char[]> ring_;
   std::atomic<uint64_t> written_{0}, consumed_{0};  // byte positions, ever increasing

@@ -63,6 +63,13 @@ export interface Addon {
   downloadSync(stream: number, handle: number, byteOffset: number, target: Uint8Array): void;
   synchronize(stream: number): void;
   setSynchronous(stream: number, on: boolean): void;
+  /** What is enqueued until endGraph runs and is recorded. */
+  beginGraph(stream: number): void;
+  endGraph(keep: true): number;
+  endGraph(keep: false): undefined;
+  replayGraph(stream: number, graph: number): void;
+  dropGraph(stream: number, graph: number): void;
+  graphCounts(stream: number, graph: number): number[];
   setThreads(count: number): void;
   getThreads(): number;
   trim(stream: number): number;

@@ -75,13 +75,26 @@ export function withTag<T>(tag: MemoryTag, f: () => T): T {
   }
 }
 
+let written: Set<Storage> | undefined;
+
+/** Runs `f`; the storages that it writes in place. */
+export function recordWrites<T>(f: () => T): { result: T; written: ReadonlySet<Storage> } {
+  const outer = written;
+  const inside = new Set<Storage>();
+  written = inside;
+  try {
+    return { result: f(), written: inside };
+  } finally {
+    written = outer;
+  }
+}
+
 export class Storage {
   readonly device: Device;
   readonly stream: number;
   readonly handle: number;
   readonly bytes: number;
-  /** Advances with every write in place; saved tensors remember it, so that a stale one is an error. */
-  version = 0;
+  private writes = 0;
   private references = 1;
 
   private constructor(device: Device, stream: number, handle: number, bytes: number) {
@@ -114,6 +127,15 @@ export class Storage {
   /** Fills this storage from one of another device, from a byte offset on. Returns at once. */
   copyFrom(source: Storage, byteOffset: number): void {
     addon().transfer(this.stream, this.handle, source.stream, source.handle, byteOffset);
+  }
+
+  /** Advances with every write in place; saved tensors remember it, so that a stale one is an error. */
+  get version(): number {
+    return this.writes;
+  }
+  set version(value: number) {
+    this.writes = value;
+    written?.add(this);
   }
 
   get live(): boolean {

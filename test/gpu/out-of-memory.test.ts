@@ -1,6 +1,7 @@
 // A GPU without memory left: the error says what was asked for and who holds the rest, and the process goes on after it.
 import { afterEach, describe, expect, test } from 'vitest';
 import '../../src/ops/methods.js';
+import { captureGraph } from '../../src/native/graph.js';
 import { full } from '../../src/ops/movement.js';
 import { scope } from '../../src/tensor/scope.js';
 import { memory, synchronize, trimMemory } from '../../src/tensor/storage.js';
@@ -64,6 +65,45 @@ describe.skipIf(!gpu)(`out of memory (${gpu ?? needsGpu})`, () => {
     expect(memory(gpu!)).toMatchObject({ storages, allocated });
     using first = x.view([3], [1]);
     expect(first.dataSync()).toEqual(Float32Array.of(2, 2, 2));
+  });
+
+  test('a capture that finds no memory leaves nothing behind, and one that was made goes on', () => {
+    const x = full([4 * mib], 2, { device: gpu! });
+    held.push(x);
+    using graph = captureGraph(() => scope(() => x.mul(3).sum()), { device: gpu! });
+    fill(4);
+    const { storages, allocated } = memory(gpu!);
+    const f = () => scope(() => x.mul(x).add(x));
+    expect(() => captureGraph(f, { device: gpu! })).toThrow(/^\[mul\] out of memory.*kept for graphs [1-9]/);
+    expect(memory(gpu!)).toMatchObject({ storages, allocated });
+    graph.replay();
+    expect(graph.result.item()).toBe(6 * 4 * mib);
+    for (const t of held.splice(1)) t.dispose();
+    using again = captureGraph(f, { device: gpu! });
+    again.replay();
+    using first = again.result.view([2], [1]);
+    expect([...first.dataSync()]).toEqual([6, 6]);
+  });
+
+  test('a graph goes on after its scratch memory was lost to a kernel that found too little', () => {
+    const x = full([16 * mib], 1, { device: gpu! });
+    held.push(x);
+    using graph = captureGraph(() => scope(() => x.sum()), { device: gpu! });
+    graph.replay();
+    fill(1);
+    // What each of its columns adds up needs scratch memory of a size that is not there.
+    expect(() =>
+      scope(() =>
+        x
+          .reshape([-1, 4096])
+          .mul(1)
+          .sum({ axes: [0] })
+          .dataSync(),
+      ),
+    ).toThrow('out of memory');
+    synchronize(gpu!);
+    graph.replay();
+    expect(graph.result.item()).toBe(16 * mib);
   });
 
   test('a run that finds no memory ends with the error, and the next one trains', async () => {

@@ -35,6 +35,7 @@ const findings: Record<string, RegExp> = {
     /too much shared memory without opt-in: 512 bytes of static arrays and 48656 dynamic ones, 49152 are the limit/,
   'too much shared memory with opt-in':
     /too much shared memory: 512 bytes of static arrays and 100880 dynamic ones, 101376 are the limit together/,
+  "another thread's work in a capture": /work of another thread went into a capture/,
   'too much static shared memory': /too much shared memory: 49168 bytes of static arrays, 49152 are the limit/,
 };
 

@@ -1,5 +1,5 @@
 // The runtime of a CUDA device on the SIMT layer: faults and their reach, the ring, copies in parts, processes and worker
-// threads, memory that runs out, steps without a leak.
+// threads, captured functions, memory that runs out, steps without a leak.
 import { describeOnSimt } from './support.js';
 
 // Memory that a run can use up; sharing allocations, as on a GPU.
@@ -12,6 +12,7 @@ const env = {
 
 describeOnSimt('runtime of a CUDA device', env, async () => {
   await import('../native/executor.test.js');
+  await import('../native/graph.test.js');
   await import('../native/cuda-status.test.js');
   await import('../native/cuda-transfer.test.js');
   await import('../native/cuda-process.test.js');

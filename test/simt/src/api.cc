@@ -37,6 +37,7 @@ const ErrorText kErrors[] = {
     SIMT_ERROR(cudaErrorLaunchOutOfResources, "too many resources requested for launch"),
     SIMT_ERROR(cudaErrorLaunchFailure, "unspecified launch failure"),
     SIMT_ERROR(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
+    SIMT_ERROR(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
     SIMT_ERROR(cudaErrorUnknown, "unknown error"),
 };
 #undef SIMT_ERROR

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <set>
 #include <thread>
+#include <utility>
 
 #include "errors.h"
 #include "memory.h"
@@ -17,7 +18,8 @@ struct CUstream_st {
   bool blocking = true;  // waits for the default stream
   std::deque<simt::Work> queue;
   uint64_t enqueued = 0, done = 0, polled = 0;
-  bool capturing = false;
+  bool capturing = false, broken = false;  // broken: something in between cannot be captured
+  std::thread::id capturer;
   std::vector<simt::Work> captured;
 };
 struct CUevent_st {
@@ -179,6 +181,7 @@ bool enqueue(cudaStream_t handle, Work work) {
   {
     Lock lock(q.state);
     if (stream->capturing) {
+      if (stream->capturer != std::this_thread::get_id()) finding("work of another thread went into a capture");
       stream->captured.push_back(std::move(work));
       return true;
     }
@@ -211,6 +214,11 @@ using simt::setError;
 namespace {
 
 bool isStream(cudaStream_t stream) { return simt::known(simt::resolve(stream)); }
+// Waiting for a stream that captures is an error, and ends the capture.
+bool breaksCapture(cudaStream_t stream) {
+  Lock lock(queues().state);
+  return stream && stream->capturing && (stream->broken = true);
+}
 bool isEvent(cudaEvent_t event) {
   Lock lock(queues().state);
   return queues().events.count(event) > 0;
@@ -243,12 +251,14 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (isStream(stream) && breaksCapture(stream)) return setError(cudaErrorStreamCaptureUnsupported);
   return simt::synchronizeStream(stream) ? cudaSuccess : setError(cudaErrorInvalidResourceHandle);
 }
 // Whoever polls hears "not ready" first, and has waited with the second call.
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   cudaStream_t stream = simt::resolve(handle);
   if (!isStream(stream)) return setError(cudaErrorInvalidResourceHandle);
+  if (breaksCapture(stream)) return setError(cudaErrorStreamCaptureUnsupported);
   uint64_t position = 0;
   {
     Lock lock(queues().state);
@@ -335,6 +345,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   Lock lock(queues().state);
   if (stream->capturing) return setError(cudaErrorIllegalState);
   stream->capturing = true;
+  stream->broken = false;
+  stream->capturer = std::this_thread::get_id();
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
@@ -348,9 +360,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   Lock lock(queues().state);
   if (!stream->capturing) return setError(cudaErrorIllegalState);
   stream->capturing = false;
-  *graph = new CUgraph_st{std::move(stream->captured)};
-  stream->captured.clear();
-  return cudaSuccess;
+  auto works = std::exchange(stream->captured, {});
+  *graph = stream->broken ? nullptr : new CUgraph_st{std::move(works)};
+  return stream->broken ? setError(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
   *executable = new CUgraphExec_st{graph->works};

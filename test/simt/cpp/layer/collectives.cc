@@ -224,6 +224,11 @@ void testGraphs() {
   cudaLaunchHostFunc(stream, [](void* at) { *static_cast<int*>(at) = 1; }, &seen);
   cudaStreamSynchronize(stream);
   expect(hostCopy(y, 1)[0] == 6 && seen == 1, "captured graphs and host functions");
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);
+  const cudaError_t waited = cudaStreamSynchronize(stream);
+  expect(waited == cudaErrorStreamCaptureUnsupported &&
+             cudaStreamEndCapture(stream, &graph) == cudaErrorStreamCaptureInvalidated && !graph,
+         "no waiting in a capture");
 }
 
 }  // namespace

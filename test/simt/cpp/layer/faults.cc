@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <thread>
 
 #include "kit.h"
 
@@ -271,6 +272,12 @@ void twoStreams(bool sound) {
   reportRight(hostCopy(s.y, kThreads), 1);
 }
 
+void foreignWork() {
+  Streams s;
+  cudaStreamBeginCapture(s.a, cudaStreamCaptureModeRelaxed);
+  std::thread([&] { simt::launch(1, kThreads, 0, s.a, fillOnes, s.x); }).join();
+}
+
 // ---- error codes
 // -------------------------------------------------------------------------------------------------------
 void size(dim3 grid, int threads, size_t bytes) {
@@ -332,6 +339,7 @@ const std::map<std::string, std::function<void()>> kFaults = {
     {"upload's source overwritten", [] { upload(false); }},
     {"streams joined by an event", [] { twoStreams(true); }},
     {"streams not joined", [] { twoStreams(false); }},
+    {"another thread's work in a capture", foreignWork},
     {"too much dynamic shared memory", [] { size(1, 32, 100 * 1024); }},
     {"too much dynamic shared memory without opt-in", [] { size(1, 32, 48 * 1024 + 16); }},
     {"too much shared memory without opt-in", [] { sharedTogether(0, 48 * 1024 - 496); }},
