@@ -5,7 +5,7 @@
 // rounded copy in the same pass.
 import { KeelgradError } from '../errors.js';
 import { launch } from '../native/launch.js';
-import { cast, copyInto, slice, zerosLike } from '../ops/movement.js';
+import { cast, copyInto, reshape, slice, zerosLike } from '../ops/movement.js';
 import { policyOf } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import { withTag } from '../tensor/storage.js';
@@ -102,16 +102,27 @@ export class Optimizer {
 
   /** One update; `learningRates` in the order of the groups. */
   step(learningRates: readonly number[], scalars: StepScalars): void {
+    const values = this.advance(learningRates);
+    const shape = [this.groups.length, 4];
+    scope(() => this.apply(Tensor.from(values, { shape, device: scalars.factor.device }), scalars));
+  }
+
+  /** Counts a step; returns what of it comes from the host: a row of four for each group, as `apply` takes them. */
+  advance(learningRates: readonly number[]): Float64Array {
     this.stepCount++;
+    return Float64Array.from(this.groups.flatMap((_, i) => [learningRates[i], this.stepCount, 1, 0]));
+  }
+
+  /** The update on the device, which can be captured. `packed`: float64 `[groups, 4]`; factor and skip are written there. */
+  apply(packed: Tensor, scalars: StepScalars): void {
     this.groups.forEach((group, i) => {
       scope(() => {
-        const device = scalars.factor.device;
-        const packed = Tensor.from(Float64Array.of(learningRates[i], this.stepCount, 1, 0), { device });
-        copyInto(slice(packed, 0, 2, 3), scalars.factor);
-        copyInto(slice(packed, 0, 3, 4), scalars.skip);
+        const row = reshape(slice(packed, 0, i, i + 1), [4]);
+        copyInto(slice(row, 0, 2, 3), scalars.factor);
+        copyInto(slice(row, 0, 3, 4), scalars.skip);
         for (const decays of [true, false])
           this.update(
-            packed,
+            row,
             group.slots.filter((s) => s.decays === decays),
             decays,
           );

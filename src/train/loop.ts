@@ -5,17 +5,15 @@
 
 import type { PlannedStep, StepPlan } from '../data/batches.js';
 import { KeelgradError } from '../errors.js';
-import { add, maximum, sqrt } from '../ops/elementwise.js';
-import { copyInto, zeros } from '../ops/movement.js';
-import { clipFactor, nonFinite, sumOfSquares } from '../optim/clip.js';
 import type { Optimizer } from '../optim/optimizer.js';
 import { type ScheduleName, scheduleFactor } from '../optim/schedule.js';
 import type { HostArray } from '../tensor/dtype.js';
-import { detachFromScope, scope } from '../tensor/scope.js';
+import { scope } from '../tensor/scope.js';
 import { memory } from '../tensor/storage.js';
 import type { Tensor } from '../tensor/tensor.js';
 import type { Metrics, RunStep } from './hooks.js';
-import type { GroupName, Task, Trainable } from './task.js';
+import type { GroupName, Task } from './task.js';
+import { Update } from './update.js';
 
 export interface LoopOptions {
   plan: StepPlan;
@@ -49,8 +47,7 @@ const breathe = (): Promise<void> => new Promise((resolve) => setImmediate(resol
 export async function* train(task: Task, options: LoopOptions): AsyncGenerator<RunStep, void, void> {
   const { plan } = options;
   const clock = new Throughput();
-  // Not 0 from the first non-finite step on: the step after it is enqueued already when the host learns of it.
-  const halted = detachFromScope(zeros([1], { dtype: 'float64', device: task.trainable.model.device }));
+  const update = new Update(task.trainable, options.optimizer, options.maxGradNorm);
   const pending: Enqueued[] = [];
   try {
     await options.onUpdate?.(0);
@@ -58,7 +55,7 @@ export async function* train(task: Task, options: LoopOptions): AsyncGenerator<R
       if (options.signal?.aborted) break;
       let failure: { error: unknown } | null = null;
       try {
-        pending.push(await enqueue(task, planned, halted, options));
+        pending.push(await enqueue(task, planned, update, options));
         await options.onUpdate?.(planned.step + 1);
       } catch (error) {
         failure = { error };
@@ -72,7 +69,7 @@ export async function* train(task: Task, options: LoopOptions): AsyncGenerator<R
   } finally {
     // A reader that stops early leaves reads under way, and they hold memory.
     await Promise.allSettled(pending.map(({ metrics }) => metrics));
-    halted.dispose();
+    update.dispose();
   }
 }
 
@@ -108,16 +105,16 @@ async function finish(
   };
 }
 
-async function enqueue(task: Task, planned: PlannedStep, halted: Tensor, options: LoopOptions): Promise<Enqueued> {
+async function enqueue(task: Task, planned: PlannedStep, update: Update, options: LoopOptions): Promise<Enqueued> {
   const { trainable } = task;
-  trainable.zeroGradients();
+  update.zeroGradients();
   const { losses, metrics } = await task.accumulate(planned);
   const factor = scheduleFactor(options.schedule.name, planned.step, {
     warmupSteps: options.schedule.warmupSteps,
     totalSteps: options.plan.totalSteps,
   });
   const rates = trainable.groups.map((g) => options.learningRates[g] * factor);
-  const norms = takeStep(trainable, losses, rates, halted, options);
+  const norms = takeStep(update, losses, rates);
   const peakMemory = (): number => {
     const { peak, scratch } = memory(trainable.model.device);
     return peak + scratch;
@@ -135,20 +132,8 @@ async function enqueue(task: Task, planned: PlannedStep, halted: Tensor, options
 }
 
 /** Clips and updates, disposes of the losses; returns the joint norm and the squared norms of the groups. */
-function takeStep(
-  trainable: Trainable,
-  losses: readonly Tensor[],
-  rates: readonly number[],
-  halted: Tensor,
-  options: LoopOptions,
-): Promise<HostArray[]> {
-  const { norms } = scope(() => {
-    const squares = trainable.groups.map((g) => sumOfSquares(trainable.gradients.get(g)!.buffers.values()));
-    const total = sqrt(squares.reduce((a, b) => add(a, b)));
-    copyInto(halted, maximum(nonFinite([total, ...losses]), halted));
-    options.optimizer.step(rates, { factor: clipFactor(total, options.maxGradNorm), skip: halted });
-    return { norms: Promise.all([total, ...squares].map((t) => t.data())) };
-  });
+function takeStep(update: Update, losses: readonly Tensor[], rates: readonly number[]): Promise<HostArray[]> {
+  const { norms } = scope(() => ({ norms: Promise.all(update.step(losses, rates).map((t) => t.data())) }));
   for (const t of losses) t.dispose();
   return norms;
 }
