@@ -8,26 +8,27 @@ namespace {
 
 class CapturedGraph final : public DeviceGraph {
  public:
-  CapturedGraph(int device, cudaGraphExec_t executable, const void* scratch)
-      : device_(device), executable_(executable), scratch_(scratch) {}
+  CapturedGraph(int device, cudaGraphExec_t executable, const void* scratch, size_t bytes)
+      : device_(device), executable_(executable), scratch_(scratch), bytes_(bytes) {}
   ~CapturedGraph() override {
     cudaSetDevice(device_);
     cudaGraphExecDestroy(executable_);
   }
   // Its kernels know the queue's scratch memory by its address.
-  bool uses(const void* scratch) const { return scratch_ == scratch; }
+  bool fits(const void* scratch, size_t bytes) const { return scratch_ == scratch && bytes_ <= bytes; }
   cudaGraphExec_t executable() const { return executable_; }
 
  private:
   int device_;
   cudaGraphExec_t executable_;
   const void* scratch_;
+  size_t bytes_;
 };
 
 }  // namespace
 
 bool Queue::prepare(std::unique_ptr<DeviceGraph>& graph, const std::function<void()>& launches) {
-  if (graph && static_cast<CapturedGraph&>(*graph).uses(scratch_)) return true;
+  if (graph && static_cast<CapturedGraph&>(*graph).fits(scratch_, scratchBytes_)) return true;
   graph.reset();
   cudaGraph_t captured = capture(launches);
   if (!captured) return false;
@@ -38,7 +39,7 @@ bool Queue::prepare(std::unique_ptr<DeviceGraph>& graph, const std::function<voi
     cudaGetLastError();  // not the next launch's
     return false;
   }
-  graph = std::make_unique<CapturedGraph>(device_, executable, scratch_);
+  graph = std::make_unique<CapturedGraph>(device_, executable, scratch_, scratchBytes_);
   return true;
 }
 
@@ -48,13 +49,13 @@ cudaGraph_t Queue::capture(const std::function<void()>& launches) {
   cudaGraph_t graph = nullptr;
   bool taken = cudaStreamBeginCapture(context_.stream, cudaStreamCaptureModeRelaxed) == cudaSuccess;
   if (taken) {
-    context_.faults.replay = replay_;
+    capturing_ = true;
     try {
       launches();
     } catch (const std::exception&) {  // it comes again when they run one by one
       taken = false;
     }
-    context_.faults.replay = nullptr;
+    capturing_ = false;
     taken = cudaStreamEndCapture(context_.stream, &graph) == cudaSuccess && taken;
   }
   if (taken) return graph;

@@ -90,7 +90,7 @@ void Queue::start(FaultHandler handler, Reclaim reclaim) {
 }
 
 void Queue::launching(KernelId id, uint32_t ticket) {
-  context_.faults = {slots_, static_cast<int32_t>(id), ticket, context_.faults.replay};
+  context_.faults = {slots_, static_cast<int32_t>(id), ticket, capturing_ ? replay_ : nullptr};
 }
 
 void Queue::fill(char* data, int byte, size_t count) {
@@ -119,6 +119,7 @@ void* Queue::acquire(size_t bytes, const char* what) {
 
 void* Queue::scratch(size_t bytes) {
   if (bytes <= scratchBytes_) return scratch_;
+  if (capturing_) fail("expected scratch memory for what is captured, found too little");
   retire(scratch_, scratchBytes_);  // kernels still use the smaller block
   scratch_ = nullptr;
   scratchBytes_ = 0;

@@ -67,6 +67,7 @@ class Queue final : public DeviceQueue {
   Context context_{};
   FaultSlot* slots_ = nullptr;          // on the device
   int32_t reported_[kFaultSlots] = {};  // tickets: a fault is read with every copy until its slot has been cleared
+  bool capturing_ = false;              // the executor's
   uint32_t* replay_ = nullptr;          // FaultSink's, on the device
   std::mutex capture_;                  // while the stream captures
   FaultHandler handler_;

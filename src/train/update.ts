@@ -19,19 +19,19 @@ const capturesOn = (device: Device): boolean => {
 /** A function of kernels alone, captured when it first runs, where that is wanted. */
 class Repeated<T> {
   private readonly f: () => T;
-  private readonly captures: boolean;
+  private readonly device: Device;
   private graph: Graph<T> | undefined;
 
   constructor(f: () => T, device: Device) {
     this.f = f;
-    this.captures = capturesOn(device);
+    this.device = device;
   }
 
   /** The result is the caller's scope's, or stands until the next run. */
   run(): T {
-    if (!this.captures) return this.f();
+    if (!capturesOn(this.device)) return this.f();
     if (this.graph) this.graph.replay();
-    else this.graph = captureGraph(this.f);
+    else this.graph = captureGraph(this.f, { device: this.device });
     return this.graph.result;
   }
 

@@ -61,10 +61,12 @@ describe.each(testDevices())('on %s', (device) => {
   });
   afterEach(() => expect(memory()).toMatchObject(before));
 
+  // Guard zones are filled by the host, kernel by kernel.
+  const hasGraphs = device !== 'cpu' && process.env.KEELGRAD_GUARDS !== '1';
   /** Every replay ran as one graph of the device, where it has such a thing. */
   function expectOnDevice(graph: Graph, replays: number): void {
     synchronize();
-    expect(graph.counts()).toMatchObject({ replays, onDevice: device === 'cpu' ? 0 : replays });
+    expect(graph.counts()).toMatchObject({ replays, onDevice: hasGraphs ? replays : 0 });
   }
 
   test('the capture is the first run; a replay runs on what the tensors hold by then', () => {

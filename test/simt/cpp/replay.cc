@@ -80,7 +80,7 @@ class Replay {
     fprintf(stderr, "case: %s\n", text.c_str());
   }
 
-  // The command buffer of native/napi/addon.cc.
+  // The command buffer of native/napi/instance.h.
   void submit(const std::vector<double>& n) {
     std::vector<kg::TensorView> views(static_cast<size_t>(n[2]));
     std::vector<kg::Storage*> owners(views.size());
