@@ -44,13 +44,29 @@ function works({ device, size }) {
       const [y, x, rstd] = [bf16(T, H), bf16(T, H), wide(T)];
       return { moved: [y, x, rstd], run: () => launch('rmsNorm', [y, rstd, x, weight], [1e-6]) };
     }),
+    work('residual sum and RMSNorm, forward', 'addRmsNorm', [T, H], () => {
+      const [sum, y, x, delta, rstd] = [bf16(T, H), bf16(T, H), bf16(T, H), bf16(T, H), wide(T)];
+      const run = () => launch('addRmsNorm', [sum, y, rstd, x, delta, weight], [1e-6]);
+      return { moved: [sum, y, x, delta, rstd], run };
+    }),
+    work('residual sum and RMSNorm, backward', 'addRmsNormBackward', [T, H], () => {
+      const [dx, dy, dsum, x, rstd] = [bf16(T, H), bf16(T, H), bf16(T, H), bf16(T, H), wide(T)];
+      const run = () => launch('rmsNormBackward', [dx, null, dy, x, weight, rstd, null, dsum]);
+      return { moved: [dx, dy, dsum, x, rstd], run };
+    }),
     work('RMSNorm backward, input', 'rmsNormBackward', [T, H], () => {
       const [dx, dy, x, rstd] = [bf16(T, H), bf16(T, H), bf16(T, H), wide(T)];
-      return { moved: [dx, dy, x, rstd], run: () => launch('rmsNormBackward', [dx, null, dy, x, weight, rstd, null]) };
+      return {
+        moved: [dx, dy, x, rstd],
+        run: () => launch('rmsNormBackward', [dx, null, dy, x, weight, rstd, null, null]),
+      };
     }),
     work('RMSNorm backward, input and weight', 'rmsNormBackwardWeight', [T, H], () => {
       const [dx, dy, x, rstd, dw] = [bf16(T, H), bf16(T, H), bf16(T, H), wide(T), wide(H)];
-      return { moved: [dx, dy, x, rstd], run: () => launch('rmsNormBackward', [dx, dw, dy, x, weight, rstd, null]) };
+      return {
+        moved: [dx, dy, x, rstd],
+        run: () => launch('rmsNormBackward', [dx, dw, dy, x, weight, rstd, null, null]),
+      };
     }),
     work('SwiGLU forward', 'swiglu', [T, F], () => {
       const [y, gate, up] = [bf16(T, F), bf16(T, F), bf16(T, F)];

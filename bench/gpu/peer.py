@@ -145,6 +145,18 @@ def norm(x, weight):
     return F.rms_norm(x, (x.shape[-1],), weight, 1e-6)
 
 
+def add_norm(x, delta, weight):
+    total = x + delta
+    return total, norm(total, weight)
+
+
+def add_norm_gradient(shape):
+    """The gradient of x + delta: from its norm, and from where it goes on."""
+    x, g, elsewhere = random(*shape).requires_grad_(), random(*shape), random(*shape)
+    y = norm(x, random(shape[1]))
+    return lambda: torch.autograd.grad(y, x, g, retain_graph=True)[0] + elsewhere
+
+
 def rotate(x, cos, sin):
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
@@ -172,6 +184,8 @@ def forward_of(f, *inputs):
 
 MEMORY_BOUND = {
     "rmsNorm": lambda s: forward_of(norm, random(*s), random(s[1])),
+    "addRmsNorm": lambda s: forward_of(add_norm, random(*s), random(*s), random(s[1])),
+    "addRmsNormBackward": add_norm_gradient,
     "rmsNormBackward": lambda s: gradient_of(lambda x, w=random(s[1]): norm(x, w), random(*s)),
     "rmsNormBackwardWeight": lambda s: gradient_of(norm, random(*s), random(s[1])),
     "swiglu": lambda s: forward_of(lambda g, u: F.silu(g) * u, random(*s), random(*s)),

@@ -10,7 +10,7 @@ import { cast, gatherRows, reshape } from '../ops/movement.js';
 import { linear } from '../ops/product.js';
 import { randomUniform } from '../ops/random.js';
 import type { SegmentLayout } from '../ops/segments.js';
-import { groupedQueryAttention, loraLinear, rmsNorm, rotaryEmbedding, swiglu } from '../ops/transformer.js';
+import { addRmsNorm, groupedQueryAttention, loraLinear, rmsNorm, rotaryEmbedding, swiglu } from '../ops/transformer.js';
 import { accumulationDType, type DType, policyOf } from '../tensor/dtype.js';
 import { scope } from '../tensor/scope.js';
 import type { Device } from '../tensor/storage.js';
@@ -46,6 +46,12 @@ export interface Targets {
   rows: Tensor;
   /** int32 `[R]`: the packed rows that the head runs on, each once. */
   headRows: Tensor;
+}
+
+/** The residual stream between two layers, and its norm: what the next layer reads. */
+interface Stream {
+  readonly x: Tensor;
+  readonly normed: Tensor;
 }
 
 export class CausalLM {
@@ -94,14 +100,16 @@ export class CausalLM {
     if (ids.size !== layout.total)
       throw new RangeError(`[hidden] expected ${layout.total} ids as in the layout, found ${ids.size}`);
     return scope(() => {
-      let x = gatherRows(this.weight(p, EMBEDDING), ids);
+      const embedded = gatherRows(this.weight(p, EMBEDDING), ids);
+      if (options.checkpointing) return this.recomputed(p, embedded, layout, options);
+      let state: Stream = { x: embedded, normed: rmsNorm(embedded, this.inputNorm(p, 0), this.config.rmsNormEps) };
       for (let layer = 0; layer < this.config.layers; layer++) {
-        const input = x;
-        const block = options.checkpointing ? this.checkpointedBlock : this.block;
-        x = scope(() => block.call(this, p, layer, input, layout, options));
-        input.dispose();
+        const input = state;
+        state = scope(() => this.block(p, layer, input, layout, options));
+        input.x.dispose();
+        input.normed.dispose();
       }
-      return rmsNorm(x, this.weight(p, FINAL_NORM), this.config.rmsNormEps);
+      return state.normed;
     });
   }
 
@@ -145,6 +153,17 @@ export class CausalLM {
     return t;
   }
 
+  /** The residual stream behind all layers, and its norm; each layer keeps its input alone and runs again in backward. */
+  private recomputed(p: ModelParameters, embedded: Tensor, layout: SegmentLayout, options: ForwardOptions): Tensor {
+    let x = embedded;
+    for (let layer = 0; layer < this.config.layers; layer++) {
+      const input = x;
+      x = scope(() => this.checkpointedBlock(p, layer, input, layout, options));
+      input.dispose();
+    }
+    return rmsNorm(x, this.weight(p, FINAL_NORM), this.config.rmsNormEps);
+  }
+
   private checkpointedBlock(
     p: ModelParameters,
     layer: number,
@@ -164,29 +183,52 @@ export class CausalLM {
           backbone: named(backbone, tensors.slice(0, split)),
           adapters: p.adapters && named(adapters, tensors.slice(split)),
         };
-        return this.block(parameters, layer, input, layout, options);
+        const normed = rmsNorm(input, this.inputNorm(parameters, layer), this.config.rmsNormEps);
+        return add(...this.summands(parameters, layer, { x: input, normed }, layout, options));
       },
       x,
       ...[...backbone, ...adapters].map(([, t]) => t),
     );
   }
 
-  private block(p: ModelParameters, layer: number, x: Tensor, layout: SegmentLayout, options: ForwardOptions): Tensor {
+  /** The weight of the norm in front of a layer; behind the last one that is the final norm. */
+  private inputNorm(p: ModelParameters, layer: number): Tensor {
+    return this.weight(p, layer < this.config.layers ? `model.layers.${layer}.input_layernorm.weight` : FINAL_NORM);
+  }
+
+  /** The residual stream behind a layer and its norm for the next one, from those behind the layer before. */
+  private block(
+    p: ModelParameters,
+    layer: number,
+    before: Stream,
+    layout: SegmentLayout,
+    options: ForwardOptions,
+  ): Stream {
+    const [middle, changed] = this.summands(p, layer, before, layout, options);
+    const [x, normed] = addRmsNorm(middle, changed, this.inputNorm(p, layer + 1), this.config.rmsNormEps);
+    return { x, normed };
+  }
+
+  /** The residual stream inside a layer and what its second half adds to it. */
+  private summands(
+    p: ModelParameters,
+    layer: number,
+    { x, normed }: Stream,
+    layout: SegmentLayout,
+    options: ForwardOptions,
+  ): [Tensor, Tensor] {
     const prefix = `model.layers.${layer}`;
     const eps = this.config.rmsNormEps;
-    const attended = scope(() => {
-      const normed = rmsNorm(x, this.weight(p, `${prefix}.input_layernorm.weight`), eps);
-      return this.attention(p, prefix, normed, layout, options);
-    });
-    const middle = add(x, attended);
+    const attended = scope(() => this.attention(p, prefix, normed, layout, options));
+    const norm = this.weight(p, `${prefix}.post_attention_layernorm.weight`);
+    const [middle, inner] = addRmsNorm(x, attended, norm, eps);
     attended.dispose();
     const changed = scope(() => {
-      const normed = rmsNorm(middle, this.weight(p, `${prefix}.post_attention_layernorm.weight`), eps);
-      const gate = this.project(p, `${prefix}.mlp.gate_proj`, normed, options);
-      const up = this.project(p, `${prefix}.mlp.up_proj`, normed, options);
+      const gate = this.project(p, `${prefix}.mlp.gate_proj`, inner, options);
+      const up = this.project(p, `${prefix}.mlp.up_proj`, inner, options);
       return this.project(p, `${prefix}.mlp.down_proj`, swiglu(gate, up), options);
     });
-    return add(middle, changed);
+    return [middle, changed];
   }
 
   private attention(

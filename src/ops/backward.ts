@@ -65,33 +65,36 @@ const normOfRows = (x: Tensor, weights: Tensor, eps: number): Tensor =>
   mul(mul(x, rsqrt(add(mean(square(x), { axes: -1, keepDims: true }), eps))), weights);
 
 /**
- * Cotangents behind rmsNorm: of x, by row of g; and of the weight, `[S, H]` by sequence in the accumulation dtype (one row
- * without streams).
+ * Cotangents behind rmsNorm: of x, by row of g, with `sum` added to them where it is given; and of the weight, `[S, H]` by
+ * sequence in the accumulation dtype (one row without streams).
  */
 export function rmsNormBackward(
   g: Tensor,
   x: Tensor,
   weight: Tensor,
   rstd: Tensor,
+  sum: Tensor | null,
   eps: number,
   streams: SequenceStreams | null,
 ): readonly Tensor[] {
   const count = streams?.sequences.length ?? 1;
   const wide = accumulationDType(x.dtype);
-  const definition = (dy: Tensor, a: Tensor, w: Tensor): readonly Tensor[] => {
+  const definition = (dy: Tensor, a: Tensor, w: Tensor, more?: Tensor): readonly Tensor[] => {
     const repeated = broadcastTo(unsqueeze(cast(w, wide), 0), [count, w.size]);
     const f = (rows: Tensor, weights: Tensor): readonly Tensor[] => {
       const each = streams ? gatherRows(weights, streams.rowSequence) : weights;
       return [normOfRows(rows, cast(each, rows.dtype), eps)];
     };
-    return vjpOf(f, [spread(a, streams), repeated], [dy], [true, true]) as Tensor[];
+    const [dx, dweight] = vjpOf(f, [spread(a, streams), repeated], [dy], [true, true]) as Tensor[];
+    return [more ? add(dx, more) : dx, dweight];
   };
   return fusedOutputs({
     name: 'rmsNormBackward',
-    inputs: [g, x, weight],
+    inputs: sum ? [g, x, weight, sum] : [g, x, weight],
     definition,
     forward: () => {
       const [dy, a, w] = [g, x, weight].map(forKernel);
+      const more = sum && forKernel(sum);
       const dx = emptyLike(dy);
       const dweight = zeros(w, [count, w.size], wide);
       const run = (span: Span, into: Tensor): void => {
@@ -99,15 +102,17 @@ export function rmsNormBackward(
         const map = streams?.rowMap ? rows(streams.rowMap) : null;
         const primal = (t: Tensor): Tensor => (map ? t : rows(t));
         const flat = reshape(into, [w.size]);
-        if (span.length > 0) launch('rmsNormBackward', [rows(dx), flat, rows(dy), primal(a), w, primal(rstd), map]);
+        const given = [rows(dy), primal(a), w, primal(rstd), map, more && rows(more)];
+        if (span.length > 0) launch('rmsNormBackward', [rows(dx), flat, ...given]);
       };
       const whole = { start: 0, length: dy.shape[0] };
       for (const [s, span] of (streams?.sequences.map((q) => q.rows) ?? [whole]).entries())
         run(span, rowsOf(dweight, s, 1));
       return { outputs: [dx, dweight], saved: [rstd] };
     },
-    backward: ({ cotangents: [dxDot, weightDot], saved: [dy, a, w, r], needs }) => {
-      const kernel = [dy, a, w].map(forKernel);
+    backward: ({ cotangents: [dxDot, weightDot], saved, needs }) => {
+      const kernel = saved.slice(0, 3).map(forKernel);
+      const [w, r] = [kernel[2], saved[saved.length - 1]];
       const [forG, forX] = [emptyLike(kernel[0]), emptyLike(kernel[0])];
       const dweight = needs[2] ? zeros(w, w.shape, wide) : null;
       const t = zerosFor(dxDot, kernel[0]);
@@ -115,7 +120,7 @@ export function rmsNormBackward(
       const map = streams?.rowMap ?? null;
       if (t.size > 0)
         launch('rmsNormTangent', [forG, forX, dweight, t, v, ...kernel, r, map, streams?.rowSequence ?? null]);
-      return [forG, needs[1] ? merge(forX, streams) : null, dweight];
+      return [forG, needs[1] ? merge(forX, streams) : null, dweight, sum ? dxDot : null];
     },
   });
 }

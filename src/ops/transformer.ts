@@ -1,4 +1,4 @@
-// The fused ops of a transformer block: RMSNorm, rotary embedding, SwiGLU, attention over packed segments, LoRA linear.
+// The fused ops of a transformer block: RMSNorm, alone and of a residual sum, rotary embedding, SwiGLU, attention over packed segments, LoRA linear.
 import { type Backward, type BackwardContext, type Cotangent, record, trackedMask } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
@@ -52,13 +52,37 @@ export function rmsNormDefinition(x: Tensor, weight: Tensor, eps: number): Tenso
   return mul(mul(x, rstd), weight);
 }
 
+function requireNormWeight(op: string, x: Tensor, weight: Tensor): void {
+  if (weight.ndim !== 1 || weight.shape[0] !== x.shape[x.ndim - 1] || weight.dtype !== x.dtype)
+    throw new RangeError(
+      `[${op}] expected x [..., H] and weight [H] of one dtype, found ${x.describe()} and ${weight.describe()}`,
+    );
+}
+
+/** What a norm sends back: to x, with `sum` added to it (what x is sent from elsewhere), and to its weight. */
+function normCotangents(
+  { saved, buffer, differentiable, streams }: BackwardContext,
+  g: Tensor,
+  sum: Tensor | null,
+  eps: number,
+  wanted: { x: boolean; weight: number | null },
+): { dx: Tensor | null; dweight: Cotangent } {
+  const [x, w, rstd] = saved;
+  if (differentiable || streams) {
+    const [dx, dweight] = rmsNormBackward(g, x, w, rstd, sum, eps, streams);
+    return { dx, dweight: streams ? new VectorContribution(dweight) : reshape(dweight, w.shape) };
+  }
+  const [input, dy, more] = [bare(x), bare(g), sum && bare(sum)];
+  const dx = wanted.x ? emptyLike(input) : null;
+  const sink = wanted.weight === null ? null : buffer(wanted.weight);
+  const dw = wanted.weight === null ? null : (sink ?? accumulator(w));
+  if (input.size > 0) launch('rmsNormBackward', [dx, dw, dy, input, bare(w), rstd, null, dx && more]);
+  return { dx, dweight: sink ? null : dw };
+}
+
 /** x / sqrt(mean(x²) + eps) * weight over the last axis: x `[..., H]`, weight `[H]` (Zhang and Sennrich 2019). */
 export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
-  const width = x.shape[x.ndim - 1];
-  if (weight.ndim !== 1 || weight.shape[0] !== width || weight.dtype !== x.dtype)
-    throw new RangeError(
-      `[rmsNorm] expected x [..., H] and weight [H] of one dtype, found ${x.describe()} and ${weight.describe()}`,
-    );
+  requireNormWeight('rmsNorm', x, weight);
   const rows = asRows(x);
   const y = fused({
     name: 'rmsNorm',
@@ -75,21 +99,47 @@ export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
     definition: (a, w) => rmsNormDefinition(a, w, eps),
     differentiable: true,
     streamed: x.ndim === 2,
-    backward: ({ g, saved: [a, w, rstd], needs, buffer, differentiable, streams }) => {
-      if (differentiable || streams) {
-        const [dx, dweight] = rmsNormBackward(g, a, w, rstd, eps, streams);
-        return [dx, streams ? new VectorContribution(dweight) : reshape(dweight, w.shape)];
-      }
-      const input = bare(a);
-      const dy = bare(g);
-      const dx = needs[0] ? emptyLike(input) : null;
-      const sink = needs[1] ? buffer(1) : null;
-      const dw = needs[1] ? (sink ?? accumulator(w)) : null;
-      if (input.size > 0) launch('rmsNormBackward', [dx, dw, dy, input, bare(w), rstd, null]);
-      return [dx, sink ? null : dw];
+    backward: (context) => {
+      const { g, needs } = context;
+      const { dx, dweight } = normCotangents(context, g, null, eps, { x: needs[0], weight: needs[1] ? 1 : null });
+      return [dx, dweight];
     },
   });
   return x.ndim === 2 ? y : reshape(y, x.shape);
+}
+
+/** addRmsNorm from primitive ops. */
+export function addRmsNormDefinition(x: Tensor, delta: Tensor, weight: Tensor, eps: number): [Tensor, Tensor] {
+  const sum = add(x, delta);
+  return [sum, rmsNormDefinition(sum, weight, eps)];
+}
+
+/**
+ * What a residual branch adds, and the norm of the sum: `[x + delta, rmsNorm(x + delta, weight)]` for x and delta `[R, H]`, the
+ * same bits as by the two ops. One pass over memory for both; backward adds what the sum is sent to what the norm sends, in
+ * that pass, so that no gradients of the residual stream are added by themselves. Neither x nor delta is kept.
+ */
+export function addRmsNorm(x: Tensor, delta: Tensor, weight: Tensor, eps: number): [sum: Tensor, normed: Tensor] {
+  requireNormWeight('addRmsNorm', x, weight);
+  if (x.ndim !== 2 || !sameShape(x.shape, delta.shape) || x.dtype !== delta.dtype)
+    throw new RangeError(
+      `[addRmsNorm] expected x and delta [R, H] of one dtype, found ${x.describe()} and ${delta.describe()}`,
+    );
+  const [sum, normed] = [emptyLike(x), emptyLike(x)];
+  const rstd = statsLike(x, [x.shape[0]]);
+  const inputs = [x, delta, weight].map(bare);
+  if (sum.size > 0) launch('addRmsNorm', [sum, normed, rstd, ...inputs], [eps]);
+  for (const t of inputs) t.dispose();
+  const backward: Backward = (context) => {
+    const { cotangents, needs } = context;
+    const [forSum, g] = cotangents;
+    if (!g) return [forSum, forSum, null];
+    const wanted = { x: needs[0] || needs[1], weight: needs[2] ? 2 : null };
+    const { dx, dweight } = normCotangents(context, g, forSum, eps, wanted);
+    return [dx, dx, dweight];
+  };
+  const outputs: [Tensor, Tensor] = [sum, normed];
+  return record('addRmsNorm', [x, delta, weight], outputs, [sum, weight, rstd], backward, true);
 }
 
 /** rotaryEmbedding from primitive ops. */

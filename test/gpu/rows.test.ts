@@ -5,7 +5,7 @@ import '../../src/ops/methods.js';
 import { vjp } from '../../src/autograd/transforms.js';
 import { launch } from '../../src/native/launch.js';
 import { gatherRows, slice } from '../../src/ops/movement.js';
-import { rmsNorm, rotaryEmbedding, swiglu } from '../../src/ops/transformer.js';
+import { addRmsNorm, rmsNorm, rotaryEmbedding, swiglu } from '../../src/ops/transformer.js';
 import { scope } from '../../src/tensor/scope.js';
 import type { Device } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
@@ -19,7 +19,7 @@ type Floating = keyof typeof tolerance;
 const values = (length: number, salt: number): Float64Array =>
   Float64Array.from({ length }, (_, i) => (((i * 37 + salt * 11) % 61) - 30) / 16);
 
-/** Value and gradients of rmsNorm over `count` rows of `width`. */
+/** Values and gradients of rmsNorm and addRmsNorm over `count` rows of `width`. */
 function normed(device: Device, dtype: Floating, width: number): Float64Array[] {
   return scope(() => {
     const of = (shape: number[], salt: number): Tensor =>
@@ -30,9 +30,14 @@ function normed(device: Device, dtype: Floating, width: number): Float64Array[] 
         ),
         { shape, dtype, device },
       );
-    const inputs = [of([count, width], 1), of([width], 2)];
-    const [y, [gradients]] = vjp((xs: Tensor[]) => rmsNorm(xs[0], xs[1], 1e-5), [inputs], of([count, width], 3));
-    return [y, ...gradients].map((t) => Float64Array.from(t.cast('float64').dataSync()));
+    const inputs = [of([count, width], 1), of([width], 2), of([count, width], 4)];
+    const cotangents = [3, 5, 6].map((salt) => of([count, width], salt));
+    const f = ([x, weight, delta]: Tensor[]): Tensor[] => [
+      rmsNorm(x, weight, 1e-5),
+      ...addRmsNorm(x, delta, weight, 1e-5),
+    ];
+    const [ys, [gradients]] = vjp(f, [inputs], () => cotangents);
+    return [...ys, ...gradients].map((t) => Float64Array.from(t.cast('float64').dataSync()));
   });
 }
 
@@ -49,7 +54,7 @@ describe.skipIf(!gpu)(`rows of every width (${gpu ?? needsGpu})`, () => {
     ...[256, 258, 2048, 2050].map((n): [Floating, number] => ['float64', n]),
   ];
 
-  test.each(widths)('rmsNorm in %s, %i wide', (dtype, width) => {
+  test.each(widths)('rmsNorm and addRmsNorm in %s, %i wide', (dtype, width) => {
     const found = normed(gpu!, dtype, width);
     const expected = normed('cpu', 'float64', width);
     found.forEach((x, i) => {
@@ -100,7 +105,7 @@ describe.skipIf(!gpu)(`faults in data (${gpu ?? needsGpu})`, () => {
     scope(() => {
       const dx = filled(3, 8);
       const [weight, rstd] = [filled(8), filled(2)];
-      launch('rmsNormBackward', [dx, null, filled(3, 8), filled(2, 8), weight, rstd, int32(0, -1, 1)]);
+      launch('rmsNormBackward', [dx, null, filled(3, 8), filled(2, 8), weight, rstd, int32(0, -1, 1), null]);
       expect(() => dx.dataSync()).toThrow('expected rowMap[1] in [0, 2), found -1');
     });
   });

@@ -37,6 +37,7 @@ const others: Record<string, string> = {
   requireLinear: 'a check',
   LookupContribution: 'checked as the gradient of gatherRows',
   rmsNormDefinition: 'checked beside its fused op',
+  addRmsNormDefinition: 'checked beside its fused op',
   rotaryDefinition: 'checked beside its fused op',
   attentionDefinition: 'checked beside its fused op',
   loraLinearDefinition: 'checked beside its fused op',

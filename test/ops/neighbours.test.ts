@@ -1,12 +1,14 @@
 // Rows do not depend on their neighbours, bit for bit: in attention whether a prompt is shared or repeated, alone or packed;
-// in the vocabulary head whichever rows and targets are asked for; with and without gradients.
+// in the vocabulary head whichever rows and targets are asked for; with and without gradients. And a residual sum with its
+// norm is what the two are by themselves.
 import { describe, expect, test } from 'vitest';
 import '../../src/ops/methods.js';
 import { vjp } from '../../src/autograd/transforms.js';
+import { add } from '../../src/ops/elementwise.js';
 import { vocabHead } from '../../src/ops/head.js';
 import { concat, slice } from '../../src/ops/movement.js';
 import { SegmentLayout } from '../../src/ops/segments.js';
-import { groupedQueryAttention } from '../../src/ops/transformer.js';
+import { addRmsNorm, groupedQueryAttention, rmsNorm } from '../../src/ops/transformer.js';
 import type { DType } from '../../src/tensor/dtype.js';
 import { scope } from '../../src/tensor/scope.js';
 import { Tensor } from '../../src/tensor/tensor.js';
@@ -95,6 +97,23 @@ for (const device of testDevices())
             start += length;
           }
         });
+      });
+    });
+
+    test.each([5, 64, 576])(`a residual sum of %i and its norm in ${dtype} on ${device}`, (width) => {
+      const make = maker(`residual ${width}`, device, dtype);
+      scope(() => {
+        const [x, delta, weight] = [make(9, width), make(9, width), make(width)];
+        const [sum, normed] = addRmsNorm(x, delta, weight, 1e-5);
+        const expected = add(x, delta);
+        expect(bits(sum)).toBe(bits(expected));
+        expect(bits(normed)).toBe(bits(rmsNorm(expected, weight, 1e-5)));
+        const [recorded] = vjp(
+          (t: Tensor) => addRmsNorm(t, delta, weight, 1e-5),
+          [x],
+          (ys) => [...ys],
+        );
+        expect((recorded as Tensor[]).map(bits)).toEqual([sum, normed].map(bits));
       });
     });
 

@@ -2,7 +2,7 @@
 // another device's runner can use them as they are.
 import { gradcheck, gradgradcheck } from '../../src/autograd/gradcheck.js';
 import { vjp } from '../../src/autograd/transforms.js';
-import { contiguous } from '../../src/ops/movement.js';
+import { concat, contiguous, reshape } from '../../src/ops/movement.js';
 import { isFloating } from '../../src/tensor/dtype.js';
 import { scope } from '../../src/tensor/scope.js';
 import type { Device } from '../../src/tensor/storage.js';
@@ -87,8 +87,10 @@ export function checkDefinition(c: OpCase, device: Device): void {
   const hosts = hostInputs(c, 'float64');
   const expected = [c.reference!(at, ...hosts)].flat() as Host[];
   scope(() => {
-    const found = c.definition!(at, ...tensorInputs(c, at, hosts));
-    compare(`${c.name} definition`, found, expected[0], at, c.opClass, 'value');
+    const found = [c.definition!(at, ...tensorInputs(c, at, hosts))].flat() as Tensor[];
+    found.forEach((t, i) => {
+      compare(`${c.name} definition ${i}`, t, expected[i], at, c.opClass, 'value');
+    });
   });
 }
 
@@ -105,6 +107,10 @@ function ofVariables(c: OpCase, inputs: readonly Tensor[], f: (...x: Tensor[]) =
   };
 }
 
+/** All results in one tensor. */
+const joined = (results: readonly Tensor[]): Tensor =>
+  results.length === 1 ? results[0] : concat(results.map((t) => reshape(t, [-1])));
+
 /** (b) and (c) Finite differences in float64, of the op or of its gradient. */
 export function checkDerivative(c: OpCase, device: Device, order: 1 | 2): void {
   const at: Place = { device, dtype: 'float64' };
@@ -113,7 +119,7 @@ export function checkDerivative(c: OpCase, device: Device, order: 1 | 2): void {
     const f = ofVariables(c, inputs, call(c, at));
     const variables = inputs.filter((_, i) => isVariable(c)[i]);
     if (order === 1) gradcheck((...xs) => f(xs), variables);
-    else gradgradcheck((...xs) => f(xs)[0], variables);
+    else gradgradcheck((...xs) => joined(f(xs)), variables);
   });
 }
 

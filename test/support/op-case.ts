@@ -40,7 +40,7 @@ export interface OpCase {
   /** The answer in float64 from the definition; absent in cases for the benchmark alone. */
   readonly reference?: (at: Place, ...inputs: Host[]) => Host | readonly Host[];
   /** A fused op's own definition in primitive ops: checked against the reference, and the oracle of gradients. */
-  readonly definition?: (at: Place, ...inputs: Tensor[]) => Tensor;
+  readonly definition?: (at: Place, ...inputs: Tensor[]) => Tensor | readonly Tensor[];
   readonly dtypes: readonly DType[];
   readonly differentiable: boolean;
   /** Inputs whose axis 0 is the output's axis 0, each row on its own. */

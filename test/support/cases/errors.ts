@@ -262,6 +262,18 @@ const transformerErrors: ErrorCase[] = [
     /\[rmsNorm\].*one dtype/,
   ),
   refuse(
+    'addRmsNorm',
+    'a delta of another shape',
+    (t) => transformer.addRmsNorm(t([2, 3]), t([3]), t([3]), 1e-5),
+    /\[addRmsNorm\] expected x and delta.*f32\[2,3\].*f32\[3\]/,
+  ),
+  refuse(
+    'addRmsNorm',
+    'a weight of another length',
+    (t) => transformer.addRmsNorm(t([2, 3]), t([2, 3]), t([2]), 1e-5),
+    /\[addRmsNorm\].*f32\[2,3\].*f32\[2\]/,
+  ),
+  refuse(
     'swiglu',
     'shapes that differ',
     (t) => transformer.swiglu(t([2, 3]), t([2, 4])),

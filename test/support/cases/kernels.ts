@@ -50,21 +50,25 @@ function rmsNormBackward(rows: number, primal: number, width: number): OpCase {
   return opCase({
     ...base,
     op: 'rmsNormBackward',
-    inputs: [input([rows, width]), input([primal, width]), input([width]), rowMap(rows, primal)],
-    run: (at, dy, x, weight, map) => {
+    inputs: [input([rows, width]), input([primal, width]), input([width]), rowMap(rows, primal), input([rows, width])],
+    run: (at, dy, x, weight, map, dsum) => {
       const rstd = emptyLike(x, [primal], wideOf(at.dtype));
       launch('rmsNorm', [emptyLike(x), rstd, x, weight], [eps]);
       const [dx, dweight] = [emptyLike(dy), zerosWide(weight)];
-      launch('rmsNormBackward', [dx, dweight, dy, x, weight, rstd, map]);
+      launch('rmsNormBackward', [dx, dweight, dy, x, weight, rstd, map, null]);
       const only = [emptyLike(dy), zerosWide(weight)];
-      launch('rmsNormBackward', [only[0], null, dy, x, weight, rstd, map]);
-      launch('rmsNormBackward', [null, only[1], dy, x, weight, rstd, map]);
+      launch('rmsNormBackward', [only[0], null, dy, x, weight, rstd, map, dsum]);
+      launch('rmsNormBackward', [null, only[1], dy, x, weight, rstd, map, null]);
       return [dx, dweight, ...only];
     },
-    reference: (at, dy, x, weight, map) => {
+    reference: (at, dy, x, weight, map, dsum) => {
       const [dx, dw] = pulledBack((a, w) => rmsNormDefinition(a, w, eps), [rowsOf(x, map), weight], dy);
       const wide = host(dw.shape, dw.values, wideOf(at.dtype));
-      return [dx, wide, dx, wide];
+      const added = host(
+        dx.shape,
+        dx.values.map((v, i) => v + dsum.values[i]),
+      );
+      return [dx, wide, added, wide];
     },
     note: 'row map',
   });

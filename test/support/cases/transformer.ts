@@ -4,6 +4,8 @@ import { mul, silu } from '../../../src/ops/elementwise.js';
 import { cast } from '../../../src/ops/movement.js';
 import { SegmentLayout } from '../../../src/ops/segments.js';
 import {
+  addRmsNorm,
+  addRmsNormDefinition,
   attentionDefinition,
   groupedQueryAttention,
   loraLinear,
@@ -14,7 +16,7 @@ import {
   rotaryEmbedding,
   swiglu,
 } from '../../../src/ops/transformer.js';
-import { mapBroadcast } from '../host.js';
+import { mapBroadcast, roundTo } from '../host.js';
 import { accumulator, type InputSpec, ids, input, integers, type Layout, type OpCase, opCase } from '../op-case.js';
 import * as reference from '../reference.js';
 
@@ -44,6 +46,33 @@ const rmsNormCases = (): OpCase[] => {
     of(input([37, 576], -3, 3, 'sliced'), input([576], 0.5, 1.5, 'sliced'), { size: 'large' }),
     of(input([700, 96], -3, 3), input([96], 0.5, 1.5), { size: 'large' }),
     of(input([1024, 576]), input([576]), { size: 'bench', cost: { elements: 2 * 1024 * 576 } }),
+  ];
+};
+
+const addRmsNormCases = (): OpCase[] => {
+  const of = (x: InputSpec, delta: InputSpec, weight: InputSpec, more: More = {}): OpCase =>
+    opCase({
+      op: 'addRmsNorm',
+      opClass: 'fused',
+      inputs: [x, delta, weight],
+      run: (_, a, d, w) => addRmsNorm(a, d, w, eps),
+      reference: (at, a, d, w) => {
+        const sum = mapBroadcast((p, q) => roundTo(at.dtype, p + q), [a, d]);
+        return [sum, reference.rmsNorm(sum, w, eps)];
+      },
+      definition: (_, a, d, w) => addRmsNormDefinition(a, d, w, eps),
+      rows: [0, 1],
+      ...more,
+    });
+  const wide = (rows: number, width: number, layout?: Layout): InputSpec => input([rows, width], -3, 3, layout);
+  const weight = (width: number, layout?: Layout): InputSpec => input([width], 0.5, 1.5, layout);
+  return [
+    of(input([3, 5]), input([3, 5]), input([5])),
+    of(input([2, 3], -1, 1, 'transposed'), input([2, 3], -1, 1, 'sliced'), weight(3)),
+    of(wide(37, 131, 'transposed'), wide(37, 131), weight(131), { size: 'large' }),
+    of(wide(37, 576, 'sliced'), wide(37, 576), weight(576, 'sliced'), { size: 'large' }),
+    of(wide(700, 96), wide(700, 96), weight(96), { size: 'large' }),
+    of(input([1024, 576]), input([1024, 576]), input([576]), { size: 'bench', cost: { elements: 4 * 1024 * 576 } }),
   ];
 };
 
@@ -224,6 +253,7 @@ const loraCases = (): OpCase[] => {
 
 export const transformerCases = (): OpCase[] => [
   ...rmsNormCases(),
+  ...addRmsNormCases(),
   ...rotaryCases(),
   ...swigluCases(),
   ...attentionCases(),
