@@ -7,33 +7,46 @@ import { type Cotangent, differentiate, forbidCaptured, record } from './tape.js
  * Runs `f` without keeping its intermediate tensors; backward runs it again. Pays one more forward for the memory of f. Sinks
  * of its inputs receive what they would without it, and gradients kept apart by sequence stay so.
  *
- * @param f a function of its arguments alone: a differentiated tensor that it captures is an error
+ * @param f a function of its arguments alone, of one result or several: a differentiated tensor that it captures is an error
  */
-export function checkpoint(f: (...inputs: Tensor[]) => Tensor, ...inputs: Tensor[]): Tensor {
-  const output = scope(() => forbidCaptured(() => f(...inputs.map((t) => t.detach()))));
-  return record(
+export function checkpoint<T extends Tensor | readonly Tensor[]>(
+  f: (...inputs: Tensor[]) => T,
+  ...inputs: Tensor[]
+): T {
+  const result = scope(() => forbidCaptured(() => f(...inputs.map((t) => t.detach()))));
+  const several = Array.isArray(result);
+  const outputs = listOf(result).map((t) => (t.node === null && inputs.includes(t) ? t.alias() : t));
+  const recorded = record(
     'checkpoint',
     inputs,
-    [output.node === null && inputs.includes(output) ? output.alias() : output],
+    outputs,
     inputs,
-    ({ g, saved, needs, sink, streams }) => {
+    ({ cotangents, saved, needs, sink, streams }) => {
       const wanted = saved.filter((_, i) => needs[i]);
       const sinks = saved.map((_, i) => sink(i)).filter((_, i) => needs[i]);
       const { gradients } = differentiate(
         wanted,
         (tracked) => {
           let at = 0;
-          return f(...saved.map((t, i) => (needs[i] ? tracked[at++] : t)));
+          return listOf(f(...saved.map((t, i) => (needs[i] ? tracked[at++] : t))));
         },
-        (y) => [{ tensor: y, cotangent: g }],
+        (again) =>
+          again.flatMap((tensor, i) => {
+            const cotangent = cotangents[i];
+            return cotangent ? [{ tensor, cotangent }] : [];
+          }),
         { sinks, streams },
       );
       let at = 0;
       return saved.map((_, i) => (needs[i] ? gradients[at++] : null));
     },
     true,
-  )[0];
+  );
+  return (several ? recorded : recorded[0]) as T;
 }
+
+const listOf = (result: Tensor | readonly Tensor[]): readonly Tensor[] =>
+  Array.isArray(result) ? result : [result as Tensor];
 
 /** A function with a derivative of the caller's own. */
 export interface CustomFunction {

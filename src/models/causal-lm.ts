@@ -3,14 +3,16 @@
 import { checkpoint } from '../autograd/checkpoint.js';
 import { KeelgradError } from '../errors.js';
 import { adapterKey } from '../io/peft.js';
+import { AdapterCopies } from '../nn/adapter-copies.js';
 import { initializeAdapters, type LoraSpec, scaleOf } from '../nn/lora.js';
 import { add, less, mul } from '../ops/elementwise.js';
 import { type HeadStatistics, vocabHead } from '../ops/head.js';
+import { type AdaptedLinear, type Adapter, adaptedLinears } from '../ops/lora.js';
 import { cast, gatherRows, reshape } from '../ops/movement.js';
 import { linear } from '../ops/product.js';
 import { randomUniform } from '../ops/random.js';
 import type { SegmentLayout } from '../ops/segments.js';
-import { addRmsNorm, groupedQueryAttention, loraLinear, rmsNorm, rotaryEmbedding, swiglu } from '../ops/transformer.js';
+import { addRmsNorm, groupedQueryAttention, rmsNorm, rotaryEmbedding, swiglu } from '../ops/transformer.js';
 import { accumulationDType, type DType, policyOf } from '../tensor/dtype.js';
 import { scope } from '../tensor/scope.js';
 import type { Device } from '../tensor/storage.js';
@@ -20,6 +22,7 @@ import {
   EMBEDDING,
   FINAL_NORM,
   LM_HEAD,
+  linearGroups,
   linearModules,
   type ModelParameters,
   type ParameterMap,
@@ -61,6 +64,7 @@ export class CausalLM {
   adapters: ParameterMap = new Map();
   lora: LoraSpec | null = null;
   private readonly rope: RopeTable;
+  private copies: AdapterCopies | null = null;
 
   constructor(config: ModelConfig, backbone: ParameterMap) {
     this.config = config;
@@ -88,6 +92,18 @@ export class CausalLM {
     const settings = { seed, dtype: policyOf(this.dtype).adapters, device: this.device };
     this.adapters = adapters ?? initializeAdapters(lora, linearModules(this.config), settings);
     this.lora = lora;
+    this.copies = new AdapterCopies(this.adapterGroups(), this.dtype);
+  }
+
+  /** The adapters that read one input, together. */
+  private adapterGroups(): Adapter[][] {
+    return Array.from({ length: this.config.layers }, (_, layer) =>
+      Object.values(linearGroups).map((names) =>
+        names.flatMap((name) => adapterOf(this.adapters, modulePath(layer, name)) ?? []),
+      ),
+    )
+      .flat()
+      .filter((group) => group.length > 0);
   }
 
   /** @throws KeelgradError where adapters are on already: a second set would replace the first unseen */
@@ -101,11 +117,11 @@ export class CausalLM {
       throw new RangeError(`[hidden] expected ${layout.total} ids as in the layout, found ${ids.size}`);
     return scope(() => {
       const embedded = gatherRows(this.weight(p, EMBEDDING), ids);
-      if (options.checkpointing) return this.recomputed(p, embedded, layout, options);
       let state: Stream = { x: embedded, normed: rmsNorm(embedded, this.inputNorm(p, 0), this.config.rmsNormEps) };
       for (let layer = 0; layer < this.config.layers; layer++) {
         const input = state;
-        state = scope(() => this.block(p, layer, input, layout, options));
+        const block = options.checkpointing ? this.checkpointedBlock : this.block;
+        state = scope(() => block.call(this, p, layer, input, layout, options));
         input.x.dispose();
         input.normed.dispose();
       }
@@ -140,6 +156,7 @@ export class CausalLM {
 
   dispose(): void {
     for (const map of [this.backbone, this.adapters]) for (const t of map.values()) t.dispose();
+    this.copies?.dispose();
     this.rope.dispose();
   }
 
@@ -153,115 +170,110 @@ export class CausalLM {
     return t;
   }
 
-  /** The residual stream behind all layers, and its norm; each layer keeps its input alone and runs again in backward. */
-  private recomputed(p: ModelParameters, embedded: Tensor, layout: SegmentLayout, options: ForwardOptions): Tensor {
-    let x = embedded;
-    for (let layer = 0; layer < this.config.layers; layer++) {
-      const input = x;
-      x = scope(() => this.checkpointedBlock(p, layer, input, layout, options));
-      input.dispose();
-    }
-    return rmsNorm(x, this.weight(p, FINAL_NORM), this.config.rmsNormEps);
-  }
-
-  private checkpointedBlock(
-    p: ModelParameters,
-    layer: number,
-    x: Tensor,
-    layout: SegmentLayout,
-    options: ForwardOptions,
-  ): Tensor {
-    const own = (map: ParameterMap | null): [string, Tensor][] =>
-      [...(map ?? [])].filter(([name]) => name.includes(`model.layers.${layer}.`));
-    const [backbone, adapters] = [own(p.backbone), own(p.adapters)];
-    const named = (entries: readonly [string, Tensor][], tensors: readonly Tensor[]): ParameterMap =>
-      new Map(entries.map(([name], i) => [name, tensors[i]]));
-    return checkpoint(
-      (input, ...tensors) => {
-        const split = backbone.length;
-        const parameters = {
-          backbone: named(backbone, tensors.slice(0, split)),
-          adapters: p.adapters && named(adapters, tensors.slice(split)),
-        };
-        const normed = rmsNorm(input, this.inputNorm(parameters, layer), this.config.rmsNormEps);
-        return add(...this.summands(parameters, layer, { x: input, normed }, layout, options));
-      },
-      x,
-      ...[...backbone, ...adapters].map(([, t]) => t),
-    );
-  }
-
   /** The weight of the norm in front of a layer; behind the last one that is the final norm. */
   private inputNorm(p: ModelParameters, layer: number): Tensor {
-    return this.weight(p, layer < this.config.layers ? `model.layers.${layer}.input_layernorm.weight` : FINAL_NORM);
+    return this.weight(p, this.inputNormName(layer));
+  }
+
+  private inputNormName(layer: number): string {
+    return layer < this.config.layers ? modulePath(layer, 'input_layernorm.weight') : FINAL_NORM;
   }
 
   /** The residual stream behind a layer and its norm for the next one, from those behind the layer before. */
   private block(
     p: ModelParameters,
     layer: number,
-    before: Stream,
+    { x, normed }: Stream,
     layout: SegmentLayout,
     options: ForwardOptions,
   ): Stream {
-    const [middle, changed] = this.summands(p, layer, before, layout, options);
-    const [x, normed] = addRmsNorm(middle, changed, this.inputNorm(p, layer + 1), this.config.rmsNormEps);
-    return { x, normed };
+    const eps = this.config.rmsNormEps;
+    const attended = scope(() => this.attention(p, layer, normed, layout, options));
+    const norm = this.weight(p, modulePath(layer, 'post_attention_layernorm.weight'));
+    const [middle, inner] = addRmsNorm(x, attended, norm, eps);
+    attended.dispose();
+    const changed = scope(() => {
+      const [gate, up] = this.project(p, layer, linearGroups.gated, inner, options);
+      return this.project(p, layer, linearGroups.down, swiglu(gate, up), options)[0];
+    });
+    const [out, next] = addRmsNorm(middle, changed, this.inputNorm(p, layer + 1), eps);
+    return { x: out, normed: next };
   }
 
-  /** The residual stream inside a layer and what its second half adds to it. */
-  private summands(
+  private checkpointedBlock(
     p: ModelParameters,
     layer: number,
     { x, normed }: Stream,
     layout: SegmentLayout,
     options: ForwardOptions,
-  ): [Tensor, Tensor] {
-    const prefix = `model.layers.${layer}`;
-    const eps = this.config.rmsNormEps;
-    const attended = scope(() => this.attention(p, prefix, normed, layout, options));
-    const norm = this.weight(p, `${prefix}.post_attention_layernorm.weight`);
-    const [middle, inner] = addRmsNorm(x, attended, norm, eps);
-    attended.dispose();
-    const changed = scope(() => {
-      const gate = this.project(p, `${prefix}.mlp.gate_proj`, inner, options);
-      const up = this.project(p, `${prefix}.mlp.up_proj`, inner, options);
-      return this.project(p, `${prefix}.mlp.down_proj`, swiglu(gate, up), options);
-    });
-    return [middle, changed];
+  ): Stream {
+    const next = this.inputNormName(layer + 1);
+    const own = (map: ParameterMap | null): [string, Tensor][] =>
+      [...(map ?? [])].filter(([name]) => name === next || name.includes(modulePath(layer, '')));
+    const [backbone, adapters] = [own(p.backbone), own(p.adapters)];
+    const named = (entries: readonly [string, Tensor][], tensors: readonly Tensor[]): ParameterMap =>
+      new Map(entries.map(([name], i) => [name, tensors[i]]));
+    const [sum, norm] = checkpoint(
+      (x, normed, ...tensors) => {
+        const split = backbone.length;
+        const parameters = {
+          backbone: named(backbone, tensors.slice(0, split)),
+          adapters: p.adapters && named(adapters, tensors.slice(split)),
+        };
+        const after = this.block(parameters, layer, { x, normed }, layout, options);
+        return [after.x, after.normed] as const;
+      },
+      x,
+      normed,
+      ...[...backbone, ...adapters].map(([, t]) => t),
+    );
+    return { x: sum, normed: norm };
   }
 
   private attention(
     p: ModelParameters,
-    prefix: string,
+    layer: number,
     x: Tensor,
     layout: SegmentLayout,
     options: ForwardOptions,
   ): Tensor {
-    const { heads, kvHeads, headDim } = this.config;
+    const { heads, headDim } = this.config;
     const rows = x.shape[0];
-    const project = (name: string, count: number): Tensor =>
-      reshape(this.project(p, `${prefix}.self_attn.${name}`, x, options), [rows, count, headDim]);
+    const [queries, keys, values] = this.project(p, layer, linearGroups.attention, x, options).map((t) =>
+      reshape(t, [rows, t.shape[1] / headDim, headDim]),
+    );
     const { positions } = layout.on(x.device);
     const table = this.rope.get(layout.maxContext, accumulationDType(x.dtype), x.device);
-    const q = rotaryEmbedding(project('q_proj', heads), positions, table);
-    const k = rotaryEmbedding(project('k_proj', kvHeads), positions, table);
-    const mixed = groupedQueryAttention(q, k, project('v_proj', kvHeads), layout);
-    return this.project(p, `${prefix}.self_attn.o_proj`, reshape(mixed, [rows, heads * headDim]), options);
+    const [q, k] = [queries, keys].map((t) => rotaryEmbedding(t, positions, table));
+    const mixed = groupedQueryAttention(q, k, values, layout);
+    return this.project(p, layer, linearGroups.attended, reshape(mixed, [rows, heads * headDim]), options)[0];
   }
 
-  /** A linear layer, with its adapter where it has one. */
-  private project(p: ModelParameters, module: string, x: Tensor, { dropout }: ForwardOptions): Tensor {
-    const weight = this.weight(p, `${module}.weight`);
-    const bias = p.backbone.get(`${module}.bias`) ?? null;
-    const a = p.adapters?.get(adapterKey(module, 'A'));
-    const b = p.adapters?.get(adapterKey(module, 'B'));
-    if (!this.lora || !a || !b) return linear(x, weight, bias);
-    const scale = scaleOf(this.lora);
-    if (!dropout || dropout.rate === 0) return loraLinear(x, weight, bias, a, b, scale);
-    const dropped = this.drop(x, dropout, module);
-    const low = linear(dropped, cast(a, x.dtype));
-    return add(linear(x, weight, bias), mul(linear(low, cast(b, x.dtype)), scale));
+  /** Linears of one input, with their adapters where they have them. */
+  private project(
+    p: ModelParameters,
+    layer: number,
+    names: readonly string[],
+    x: Tensor,
+    { dropout }: ForwardOptions,
+  ): readonly Tensor[] {
+    const modules = names.map((name) => modulePath(layer, name));
+    const linears = modules.map((module) => ({
+      weight: this.weight(p, `${module}.weight`),
+      bias: p.backbone.get(`${module}.bias`) ?? null,
+      adapter: this.lora && p.adapters && adapterOf(p.adapters, module),
+    }));
+    if (dropout && dropout.rate > 0) return linears.map((part, i) => this.projectDropped(part, x, dropout, modules[i]));
+    const adapters = linears.flatMap(({ adapter }) => adapter ?? []);
+    return adaptedLinears(x, linears, this.lora ? scaleOf(this.lora) : 1, this.copies?.of(adapters));
+  }
+
+  /** Each adapter draws a mask of its own: they have no input in common. */
+  private projectDropped({ weight, bias, adapter }: AdaptedLinear, x: Tensor, dropout: AdapterDropout, module: string) {
+    const base = linear(x, weight, bias);
+    if (!adapter) return base;
+    const low = linear(this.drop(x, dropout, module), cast(adapter.a, x.dtype));
+    return add(base, mul(linear(low, cast(adapter.b, x.dtype)), scaleOf(this.lora!)));
   }
 
   private drop(x: Tensor, { rate, seed }: AdapterDropout, module: string): Tensor {
@@ -269,4 +281,12 @@ export class CausalLM {
     const keep = cast(less(randomUniform(x.shape, { seed, offset, device: x.device }), 1 - rate), x.dtype);
     return mul(x, mul(keep, 1 / (1 - rate)));
   }
+}
+
+/** A module's path, or a parameter's name, inside of the model. */
+const modulePath = (layer: number, name: string): string => `model.layers.${layer}.${name}`;
+
+function adapterOf(adapters: ParameterMap, module: string): Adapter | null {
+  const [a, b] = (['A', 'B'] as const).map((matrix) => adapters.get(adapterKey(module, matrix)));
+  return a && b ? { a, b } : null;
 }

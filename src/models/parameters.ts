@@ -25,6 +25,14 @@ export const layerLinears = [
 ] as const;
 export type LayerLinear = (typeof layerLinears)[number];
 
+/** Those of them that read one input stand together. */
+export const linearGroups = {
+  attention: ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+  attended: ['self_attn.o_proj'],
+  gated: ['mlp.gate_proj', 'mlp.up_proj'],
+  down: ['mlp.down_proj'],
+} as const satisfies Record<string, readonly LayerLinear[]>;
+
 export const EMBEDDING = 'model.embed_tokens.weight';
 export const FINAL_NORM = 'model.norm.weight';
 export const LM_HEAD = 'lm_head.weight';

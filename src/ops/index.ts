@@ -3,6 +3,7 @@ import './methods.js';
 
 export * from './elementwise.js';
 export * from './head.js';
+export * from './lora.js';
 export * from './movement.js';
 export * from './product.js';
 export * from './random.js';

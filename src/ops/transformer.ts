@@ -1,10 +1,11 @@
-// The fused ops of a transformer block: RMSNorm, alone and of a residual sum, rotary embedding, SwiGLU, attention over packed segments, LoRA linear.
+// The fused ops of a transformer block: RMSNorm, alone and of a residual sum, rotary embedding, SwiGLU, attention over packed
+// segments. Its linears: lora.ts.
 import { type Backward, type BackwardContext, type Cotangent, record, trackedMask } from '../autograd/tape.js';
 import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { sameShape } from '../tensor/shape.js';
 import { Tensor } from '../tensor/tensor.js';
-import { attentionBackward, linearBackward, rmsNormBackward, swigluBackward } from './backward.js';
+import { attentionBackward, rmsNormBackward, swigluBackward } from './backward.js';
 import { add, mul, neg, rsqrt, silu, square, sub, where } from './elementwise.js';
 import { fused } from './fused.js';
 import {
@@ -20,16 +21,7 @@ import {
   transpose,
   unsqueeze,
 } from './movement.js';
-import {
-  asRows,
-  biasCotangent,
-  LinearContribution,
-  linear,
-  matmul,
-  matmulInto,
-  requireLinear,
-  VectorContribution,
-} from './product.js';
+import { asRows, matmul, VectorContribution } from './product.js';
 import { mean } from './reduce.js';
 import type { SegmentLayout } from './segments.js';
 import { softmax } from './softmax.js';
@@ -279,102 +271,4 @@ export function groupedQueryAttention(
     backward: ({ g, saved: [a, b, c, out, lse, packed], streams }) =>
       attentionBackward(g, [a, b, c], { out, lse, segments: packed }, layout, scale, streams),
   });
-}
-
-/** loraLinear from primitive ops. */
-export function loraLinearDefinition(
-  x: Tensor,
-  weight: Tensor,
-  a: Tensor,
-  b: Tensor,
-  scale: number,
-  bias: Tensor | null = null,
-): Tensor {
-  return add(linear(x, weight, bias), mul(linear(linear(x, a), b), scale));
-}
-
-/**
- * A linear layer with a low-rank adapter (Hu et al. 2021): x weightᵀ + bias + scale · (x aᵀ) bᵀ, for x `[R, in]`, weight
- * `[out, in]`, a `[r, in]`, b `[out, r]`. The thin products accumulate into the base product; a and b may be float32 beside a
- * bfloat16 weight: they are rounded for the product, their gradients are not.
- */
-export function loraLinear(
-  x: Tensor,
-  weight: Tensor,
-  bias: Tensor | null,
-  a: Tensor,
-  b: Tensor,
-  scale: number,
-): Tensor {
-  requireLinear('loraLinear', x, weight, bias);
-  if (
-    x.ndim !== 2 ||
-    a.ndim !== 2 ||
-    a.shape[1] !== x.shape[1] ||
-    b.ndim !== 2 ||
-    b.shape[0] !== weight.shape[0] ||
-    b.shape[1] !== a.shape[0]
-  )
-    throw new RangeError(
-      `[loraLinear] expected x [R, in], weight [out, in], a [r, in], b [out, r], found ${[x, weight, a, b].map(String).join(', ')}`,
-    );
-  const rounded = (...ts: Tensor[]): Tensor[] => ts.map((t) => cast(t.detach(), x.dtype));
-  const inputs = bias ? [x, weight, a, b, bias] : [x, weight, a, b];
-  return fused({
-    name: 'loraLinear',
-    inputs,
-    forward: () => {
-      const output = emptyLike(x, [x.shape[0], weight.shape[0]]);
-      const low = emptyLike(x, [x.shape[0], a.shape[0]]);
-      const views = [weight, ...rounded(a, b)].map((w) =>
-        w.view([w.shape[1], w.shape[0]], [w.strides[1], w.strides[0]]),
-      );
-      matmulInto(output, x, views[0], { bias });
-      matmulInto(low, x, views[1]);
-      matmulInto(output, low, views[2], { alpha: scale, accumulate: true });
-      for (const v of views) v.dispose();
-      return { output, saved: [low] };
-    },
-    definition: (xs, w, la, lb, c) =>
-      loraLinearDefinition(xs, w, cast(la, xs.dtype), cast(lb, xs.dtype), scale, c ?? null),
-    differentiable: true,
-    streamed: true,
-    backward: (context) =>
-      context.differentiable ? composedLoraBackward(context, scale) : loraBackward(context, scale),
-  });
-}
-
-function loraBackward({ g, saved, needs, streams }: BackwardContext, scale: number): Cotangent[] {
-  const [xs, w] = saved;
-  const [la, lb] = [saved[2], saved[3]].map((t) => cast(t.detach(), xs.dtype));
-  const low = saved[saved.length - 1];
-  const dlow = emptyLike(xs, [g.shape[0], la.shape[0]]);
-  matmulInto(dlow, g, lb, { alpha: scale });
-  let dx: Tensor | null = null;
-  if (needs[0]) {
-    dx = emptyLike(xs, [g.shape[0], xs.shape[1]]);
-    matmulInto(dx, g, w);
-    matmulInto(dx, dlow, la, { accumulate: true });
-  }
-  return [
-    dx,
-    needs[1] ? new LinearContribution(xs, g, 1, streams) : null,
-    needs[2] ? new LinearContribution(xs, dlow, 1, streams) : null,
-    needs[3] ? new LinearContribution(low, g, scale, streams) : null,
-    needs[4] ? biasCotangent(g, streams) : null,
-  ];
-}
-
-/** The same from differentiable ops. */
-function composedLoraBackward({ g, saved, needs, streams }: BackwardContext, scale: number): Cotangent[] {
-  const [xs, w] = saved;
-  const [la, lb] = [saved[2], saved[3]].map((t) => cast(t, xs.dtype));
-  const dlow = mul(linearBackward(g, lb), scale);
-  return [
-    needs[0] ? add(linearBackward(g, w), linearBackward(dlow, la)) : null,
-    needs[1] ? new LinearContribution(xs, g, 1, streams) : null,
-    needs[2] ? new LinearContribution(xs, dlow, 1, streams) : null,
-    needs[3] ? new LinearContribution(linear(xs, la), g, scale, streams) : null,
-    needs[4] ? biasCotangent(g, streams) : null,
-  ];
 }

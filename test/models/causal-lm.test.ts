@@ -54,14 +54,18 @@ describe('input that the model cannot take', () => {
 });
 
 describe('what a model holds', () => {
-  it('its weights, under their tag, and one rotary table; nothing more after a step, nothing after dispose', async () => {
+  it('its weights, under their tag, stacked copies, and one rotary table; nothing more after a step, nothing after dispose', async () => {
     const before = memory();
     const model = await loadModel(await makeModelFolder(join(root, 'in'), 'llama'), { lora: { r: 2 } });
-    const bytes = 4 * (countParameters(model.backbone) + countParameters(model.adapters));
+    // The a's of linears that read one input lie stacked beside their own tensors.
+    const stacked = [...model.adapters].filter(([name]) => /(q|k|v|gate|up)_proj\.lora_A/.test(name));
+    const stacks = 2 * model.config.layers;
+    const bytes =
+      4 * [model.backbone, model.adapters, new Map(stacked)].reduce((n, map) => n + countParameters(map), 0);
     expect(memory().byTag.weights - before.byTag.weights).toBe(bytes);
     lossAndGradients(model, fixtureInputs);
     const held = memory();
-    expect(held.storages - before.storages).toBe(model.backbone.size + model.adapters.size + 1);
+    expect(held.storages - before.storages).toBe(model.backbone.size + model.adapters.size + stacks + 1);
     expect(held.byTag.weights).toBe(before.byTag.weights + bytes);
     expect(held.byTag.activations).toBe(before.byTag.activations);
     for (let step = 0; step < 3; step++) lossAndGradients(model, fixtureInputs);

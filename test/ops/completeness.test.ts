@@ -5,6 +5,7 @@ import '../../src/ops/methods.js';
 import { kernelSignatures } from '../../src/native/launch.js';
 import * as elementwise from '../../src/ops/elementwise.js';
 import * as head from '../../src/ops/head.js';
+import * as lora from '../../src/ops/lora.js';
 import * as movement from '../../src/ops/movement.js';
 import * as product from '../../src/ops/product.js';
 import * as random from '../../src/ops/random.js';
@@ -40,11 +41,14 @@ const others: Record<string, string> = {
   addRmsNormDefinition: 'checked beside its fused op',
   rotaryDefinition: 'checked beside its fused op',
   attentionDefinition: 'checked beside its fused op',
-  loraLinearDefinition: 'checked beside its fused op',
+  adaptedLinearsDefinition: 'checked beside its fused op',
+  lowRankBuffers: 'memory for adaptedLinears',
+  fillLowRank: 'copies',
+  lowRankOf: 'views',
   headDefinition: 'checked beside its fused op',
 };
 
-const modules = { elementwise, head, movement, product, random, reduce, softmax, transformer };
+const modules = { elementwise, head, lora, movement, product, random, reduce, softmax, transformer };
 
 test('every exported op has a case', () => {
   const covered = new Set(checkedCases().map((c) => c.op));

@@ -3,6 +3,7 @@
 
 import * as elementwise from '../../../src/ops/elementwise.js';
 import { vocabHead } from '../../../src/ops/head.js';
+import * as lora from '../../../src/ops/lora.js';
 import * as movement from '../../../src/ops/movement.js';
 import { arange, cast } from '../../../src/ops/movement.js';
 import { linear, matmul } from '../../../src/ops/product.js';
@@ -343,20 +344,20 @@ const transformerErrors: ErrorCase[] = [
   refuse(
     'loraLinear',
     'a rank that differs',
-    (t) => transformer.loraLinear(t([2, 3]), t([4, 3]), null, t([2, 3]), t([4, 1]), 1),
-    /\[loraLinear\] expected/,
+    (t) => lora.loraLinear(t([2, 3]), t([4, 3]), null, t([2, 3]), t([4, 1]), 1),
+    /\[adaptedLinears\] expected/,
   ),
   refuse(
     'loraLinear',
     'an adapter of another width',
-    (t) => transformer.loraLinear(t([2, 3]), t([4, 3]), null, t([2, 4]), t([4, 2]), 1),
-    /\[loraLinear\] expected/,
+    (t) => lora.loraLinear(t([2, 3]), t([4, 3]), null, t([2, 4]), t([4, 2]), 1),
+    /\[adaptedLinears\] expected/,
   ),
   refuse(
     'loraLinear',
     'an adapter of another height',
-    (t) => transformer.loraLinear(t([2, 3]), t([4, 3]), null, t([2, 3]), t([5, 2]), 1),
-    /\[loraLinear\] expected/,
+    (t) => lora.loraLinear(t([2, 3]), t([4, 3]), null, t([2, 3]), t([5, 2]), 1),
+    /\[adaptedLinears\] expected/,
   ),
   refuse(
     'SegmentLayout',

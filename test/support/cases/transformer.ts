@@ -1,15 +1,13 @@
 // Cases of a transformer block's fused ops: RMSNorm, rotary embedding, SwiGLU, attention over packed segments, LoRA linear.
 
 import { mul, silu } from '../../../src/ops/elementwise.js';
-import { cast } from '../../../src/ops/movement.js';
+import { adaptedLinears, adaptedLinearsDefinition, loraLinear } from '../../../src/ops/lora.js';
 import { SegmentLayout } from '../../../src/ops/segments.js';
 import {
   addRmsNorm,
   addRmsNormDefinition,
   attentionDefinition,
   groupedQueryAttention,
-  loraLinear,
-  loraLinearDefinition,
   rmsNorm,
   rmsNormDefinition,
   rotaryDefinition,
@@ -232,8 +230,8 @@ const loraCases = (): OpCase[] => {
           (y, low) => y + scale * low,
           [reference.linear(x, w, c), reference.linear(reference.linear(x, a), b)],
         ),
-      definition: (_, x, w, a, b, c) =>
-        loraLinearDefinition(x, w, cast(a, x.dtype), cast(b, x.dtype), scale, c ?? null),
+      definition: (_, x, weight, a, b, c) =>
+        adaptedLinearsDefinition(x, [{ weight, bias: c ?? null, adapter: { a, b } }], scale),
       rows: [0],
       note: bias ? 'bias' : '',
       params: { rank, scale },
@@ -251,6 +249,80 @@ const loraCases = (): OpCase[] => {
   ];
 };
 
+/** Linears of one input: `[out, rank of the adapter or 0, with a bias]` each. */
+const adaptedCases = (): OpCase[] => {
+  const scale = 0.75;
+  type Part = readonly [to: number, rank: number, bias: boolean];
+  const of = (rows: number, from: number, parts: readonly Part[], more: More = {}): OpCase => {
+    const specs = parts.map(([to, rank, bias]) => [
+      input([to, from]),
+      ...(rank > 0 ? [accumulator([rank, from]), accumulator([to, rank])] : []),
+      ...(bias ? [input([to])] : []),
+    ]);
+    /** What each linear takes, from the flat inputs. */
+    const apart = <T>(flat: readonly T[]) => {
+      let at = 0;
+      return parts.map(([, rank, bias]) => {
+        const weight = flat[at++];
+        const adapter = rank > 0 ? { a: flat[at++], b: flat[at++] } : null;
+        return { weight, adapter, bias: bias ? flat[at++] : null };
+      });
+    };
+    return opCase({
+      op: 'adaptedLinears',
+      opClass: 'fused',
+      inputs: [input([rows, from]), ...specs.flat()],
+      run: (_, x, ...rest) => adaptedLinears(x, apart(rest), scale),
+      reference: (_, x, ...rest) =>
+        apart(rest).map(({ weight, bias, adapter }) => {
+          const base = reference.linear(x, weight, bias ?? undefined);
+          if (!adapter) return base;
+          const low = reference.linear(reference.linear(x, adapter.a), adapter.b);
+          return mapBroadcast((y, z) => y + scale * z, [base, low]);
+        }),
+      definition: (_, x, ...rest) => adaptedLinearsDefinition(x, apart(rest), scale),
+      rows: [0],
+      params: { scale },
+      note: parts.map(([to, rank, bias]) => `${to}${rank > 0 ? ` r${rank}` : ''}${bias ? ' bias' : ''}`).join(', '),
+      ...more,
+    });
+  };
+  return [
+    of(3, 4, [
+      [3, 2, true],
+      [2, 1, false],
+    ]),
+    of(2, 3, [
+      [2, 0, false],
+      [3, 2, false],
+      [1, 0, true],
+    ]),
+    of(2, 3, [
+      [2, 0, true],
+      [2, 0, false],
+    ]),
+    of(
+      65,
+      96,
+      [
+        [131, 8, true],
+        [33, 8, true],
+        [33, 8, true],
+      ],
+      { size: 'large' },
+    ),
+    of(
+      130,
+      64,
+      [
+        [200, 16, false],
+        [200, 4, false],
+      ],
+      { size: 'large' },
+    ),
+  ];
+};
+
 export const transformerCases = (): OpCase[] => [
   ...rmsNormCases(),
   ...addRmsNormCases(),
@@ -258,4 +330,5 @@ export const transformerCases = (): OpCase[] => [
   ...swigluCases(),
   ...attentionCases(),
   ...loraCases(),
+  ...adaptedCases(),
 ];
