@@ -104,14 +104,8 @@ const ofSpo = [
   'spo/sft_gap',
   'spo/regularizer',
 ];
-const ofRegularizer = [
-  'grad_cosine',
-  'spo/share_e_phi',
-  'spo/term_e_phi',
-  'spo/active_fraction',
-  'grad_norm/chosen',
-  'grad_norm/rejected',
-];
+const ofSequences = ['grad_cosine', 'grad_norm/chosen', 'grad_norm/rejected', 'spo/active_fraction'];
+const ofRegularizer = ['spo/share_e_phi', 'spo/term_e_phi'];
 
 const names = (...lists: string[][]): string[] => lists.flat().sort();
 
@@ -122,12 +116,17 @@ describe('what a run leaves', () => {
     ['sft', [], ['adapter'], names(everyStep, machine, ['learning_rate'])],
     ['dpo', [], ['adapter'], names(everyStep, machine, ['learning_rate'], ofPairs)],
     ['dpo', ['--train', 'both'], ['adapter', 'model'], names(everyStep, machine, ['learning_rate'], ofPairs, ofLevels)],
-    ['spo', [], ['adapter', 'model'], names(everyStep, machine, ['learning_rate'], ofPairs, ofLevels, ofSpo)],
+    [
+      'spo',
+      [],
+      ['adapter', 'model'],
+      names(everyStep, machine, ['learning_rate'], ofPairs, ofLevels, ofSpo, ofSequences),
+    ],
     [
       'spo',
       ['--gamma', '0.1', '--learning-rate-adapters', '1e-4'],
       ['adapter', 'model'],
-      names(everyStep, machine, ofPairs, ofLevels, ofSpo, ofRegularizer),
+      names(everyStep, machine, ofPairs, ofLevels, ofSpo, ofSequences, ofRegularizer),
     ],
   ] as const)('%s %j', async (method, more, folders, metricNames) => {
     const data = method === 'sft' ? completions : pairs;

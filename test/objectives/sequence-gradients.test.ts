@@ -257,8 +257,15 @@ describeWithShared('sequences of a shared prompt', GOLDEN_SPO, () => {
       scope(() => {
         const plain = measureSequenceGradients(problem);
         for (const kind of ['squaredNorms', 'innerProducts'] as const)
-          for (const group of both)
-            expect([...plain[kind].get(group)!.dataSync()]).toEqual([...recorded[kind].get(group)!.dataSync()]);
+          for (const group of both) {
+            const expected = recorded[kind].get(group)!.dataSync();
+            plain[kind]
+              .get(group)!
+              .dataSync()
+              .forEach((value, i) => {
+                expect(byMax1(value, expected[i]), `${kind} of ${group}`).toBeLessThan(tolerance.norm);
+              });
+          }
       });
       dispose();
     });

@@ -214,10 +214,12 @@ describe('parts of a recorded pass', () => {
 describeWithShared('an op that cannot keep the gradients of sequences apart', GOLDEN_SPO, () => {
   /** The model with such an op, which changes nothing, at the end of each block. */
   const withUnstreamedOp = (): void => {
-    const blocks = CausalLM.prototype as unknown as { block: (...args: unknown[]) => Tensor };
+    type Stream = { x: Tensor; normed: Tensor };
+    const blocks = CausalLM.prototype as unknown as { block: (...args: unknown[]) => Stream };
     const { block } = blocks;
     vi.spyOn(blocks, 'block').mockImplementation(function (this: CausalLM, ...args) {
-      return mul(block.apply(this, args), 1);
+      const { x, normed } = block.apply(this, args);
+      return { x, normed: mul(normed, 1) };
     });
   };
 
