@@ -10,7 +10,7 @@ import { smollm2 } from './shapes.mjs';
 import { examplesOf, modules } from './steps.mjs';
 
 const shape = { name: 'SmolLM2-135M', config: smollm2, pairs: 4, prompt: 128, response: 128 };
-const rounds = 5;
+const rounds = 3;
 const rank = 16;
 const dpo = { beta: 0.1 };
 const common = {
