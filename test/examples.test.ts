@@ -1,4 +1,4 @@
-// The examples run as they are written, against the built package, and the README shows them as they are.
+// The examples run as they are written, against the built package, and the pages show them as they are.
 
 import { execFile } from 'node:child_process';
 import { existsSync } from 'node:fs';
@@ -47,6 +47,14 @@ describe.skipIf(!built)('examples (need npm run build)', () => {
     }
   });
 
+  it('bilevel.mjs ends where the closed form does', async () => {
+    const lines = await run('bilevel.mjs');
+    const found = lines.slice(0, -1).map((line) => Number(/e\^phi (\S+)$/.exec(line)![1]));
+    const [, best] = /e\^phi ([\d.]+);/.exec(lines[lines.length - 1])!.map(Number);
+    expect(Math.abs(found[0] / best - 1)).toBeGreaterThan(0.5);
+    expect(Math.abs(found[found.length - 1] / best - 1)).toBeLessThan(0.1);
+  });
+
   it('spo.mjs trains a folder and saves what loads again', async () => {
     const folder = await mkdtemp(join(tmpdir(), 'keelgrad-examples-'));
     try {
@@ -67,11 +75,11 @@ describe.skipIf(!built)('examples (need npm run build)', () => {
   });
 });
 
-describe('README', () => {
-  it('shows every example as it is', async () => {
-    const readme = await readFile(join(root, 'README.md'), 'utf8');
+describe('README and docs/spo.md', () => {
+  it('show every example as it is', async () => {
+    const pages = await Promise.all(['README.md', 'docs/spo.md'].map((page) => readFile(join(root, page), 'utf8')));
     for (const example of await readdir(examples)) {
-      if (example.endsWith('.mjs')) expect(readme).toContain(`\`\`\`js\n${await codeOf(example)}\n\`\`\``);
+      if (example.endsWith('.mjs')) expect(pages.join()).toContain(`\`\`\`js\n${await codeOf(example)}\n\`\`\``);
     }
   });
 });
