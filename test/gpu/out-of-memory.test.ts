@@ -48,7 +48,9 @@ describe.skipIf(!gpu)(`out of memory (${gpu ?? needsGpu})`, () => {
     const before = memory(gpu!).storages;
     const { message } = fill(1);
     expect(message).toMatch(/^out of memory: [\d.]+ MiB asked for; held: weights/);
-    expect(message).toMatch(/by kernels as scratch [\d.]+, in the cache for reuse [\d.]+; the device has/);
+    expect(message).toMatch(
+      /by kernels as scratch [\d.]+, in the cache for reuse [\d.]+, kept for graphs [\d.]+; the device has/,
+    );
     expect(message).toContain('try');
     for (const t of held.splice(0)) t.dispose();
     expect(memory(gpu!).storages).toBe(before);

@@ -134,7 +134,7 @@ describe.skipIf(!able)('a process with a GPU (needs one: KEELGRAD_TEST_DEVICES=c
     expect(answer).toMatchObject({ after: [8 * 8 * 32, 1 << 23], storages: 1 });
     expect(answer.held.weights).toBe(8 << 20);
     const held = 'held: weights 8\\.0, gradients 0\\.0, optimizer 0\\.0, cache 0\\.0, activations [\\d.]+ MiB';
-    const why = `8\\.0 MiB asked for; ${held}, by kernels as scratch [\\d.]+, in the cache for reuse [\\d.]+; the device has [\\d.]+ of 128\\.0 MiB left; try`;
+    const why = `8\\.0 MiB asked for; ${held}, by kernels as scratch [\\d.]+, in the cache for reuse [\\d.]+, kept for graphs [\\d.]+; the device has [\\d.]+ of 128\\.0 MiB left; try`;
     expect(answer.errors).toEqual([
       expect.stringMatching(`^out of memory: ${why}.*\\(for float32 \\[2097152\\] on cuda:0\\)$`),
       expect.stringMatching(
