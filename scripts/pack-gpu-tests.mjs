@@ -15,9 +15,9 @@ const root = fileURLToPath(new URL('..', import.meta.url));
 const mostMegabytes = 60;
 /** What of KEELGRAD_SHARED the packed tests read: small models and recorded values. */
 const sharedParts = ['golden', 'data/models/stories260K', 'data/configs'];
-/** And what lies among that without a test of a stage that reads it: float32 runs, logs, enumerations. */
+/** And what lies among that without a test of a stage that needs it: float32 runs, logs, enumerations, weights that have a summary. */
 const unread =
-  /\.md$|^golden\/training\/.*(\/final\.safetensors|\/adapter_final\/|\/log\.json|\/batches\.json)|^golden\/spo\/enumerable\//;
+  /\.md$|^golden\/training\/.*(\/final\.safetensors|\/final_float64run\.safetensors|\/adapter_final\/|\/log\.json|\/batches\.json)|^golden\/spo\/enumerable\//;
 /** Found by Node at run time: one asks for it by name, the other brings a binary. */
 const packages = { 'node-gyp-build': /./, tokenizers: /^(index\.js|package\.json|tokenizers\.linux-x64-gnu\.node)$/ };
 
