@@ -37,7 +37,7 @@ export interface AdapterDropout {
 
 export interface ForwardOptions {
   dropout?: AdapterDropout | null;
-  /** Keeps the input of each block alone for backward, which runs the block again. */
+  /** Keeps only what enters each block for backward, which runs the block again. */
   checkpointing?: boolean;
 }
 
