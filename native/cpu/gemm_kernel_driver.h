@@ -20,6 +20,19 @@ constexpr KG_INLINE int64_t roundUp(int64_t a, int64_t b) { return ceilDiv(a, b)
 constexpr KG_INLINE int64_t minOf(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr KG_INLINE int64_t maxOf(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// How many of n equal pieces of work a thread takes at a time so that all end together: the smallest number that gives
+// the busiest thread the least.
+KG_INLINE int64_t evenGrain(int64_t n, int threads) {
+  int64_t best = ceilDiv(n, threads), least = best;
+  for (int64_t rounds = 2; rounds <= 4; rounds++) {
+    const int64_t grain = ceilDiv(n, threads * rounds), busiest = ceilDiv(ceilDiv(n, grain), threads) * grain;
+    if (busiest > least) continue;
+    best = grain;
+    least = busiest;
+  }
+  return best;
+}
+
 // The product of one policy P with C of type Out. All members are set once; the methods only read them.
 template <class P, class Out>
 class GemmDriver {
@@ -50,9 +63,9 @@ class GemmDriver {
   void run() const {
     if (g_.M * g_.N * maxOf(1, g_.K) < kGemmSerialWork) return strips(0, panels_);
     const int threads = threadCount();
-    if (g_.M <= Shape::rows || (g_.M <= maxRows_ && panels_ >= 2 * threads)) {
+    if (g_.M <= Shape::rows || (g_.M <= 2 * Shape::rows && panels_ >= 2 * threads)) {
       const int64_t least = ceilDiv(kGemmSerialWork / 2, maxOf(1, g_.M * g_.K * Shape::columns));
-      const int64_t grain = maxOf(least, ceilDiv(panels_, 2 * threads));
+      const int64_t grain = maxOf(least, evenGrain(panels_, threads));
       parallelFor(panels_, grain, [this](int64_t from, int64_t to, int) { strips(from, to); });
     } else if (narrow && g_.K > kGemmMaxK) {
       wide();
@@ -136,10 +149,11 @@ class GemmDriver {
 
     const int64_t enough =
         maxOf(1, minOf(4 * threads, g_.M * panels * Shape::columns * maxOf(1, depth) / kGemmSerialWork));
-    // Rather cut columns than rows below what the cache holds: B is read once a band.
-    const int64_t mostSpans = ceilDiv(panels, 8);
-    const int64_t wantBands = minOf(ceilDiv(enough, mostSpans), ceilDiv(g_.M, 2 * Shape::rows));
-    const int64_t rows = ceilDiv(g_.M, maxOf(ceilDiv(g_.M, maxRows_), wantBands));
+    // Rather cut columns than rows below what the cache holds: B is read once a band. As many tasks as threads, or a
+    // multiple of it.
+    const int64_t mostSpans = ceilDiv(panels, 8), mostBands = ceilDiv(g_.M, 2 * Shape::rows);
+    const int64_t wantBands = maxOf(ceilDiv(g_.M, maxRows_), minOf(ceilDiv(enough, mostSpans), mostBands));
+    const int64_t rows = ceilDiv(g_.M, minOf(roundUp(wantBands, minOf(threads, enough)), maxOf(wantBands, mostBands)));
     const int64_t bands = ceilDiv(g_.M, rows);
     const int64_t leastSpans = narrow && severalBlocks() ? ceilDiv(panels, kNarrowPanels) : 1;
     const int64_t span = ceilDiv(panels, maxOf(leastSpans, minOf(ceilDiv(enough, bands), mostSpans)));

@@ -86,8 +86,7 @@ struct SequencesCall {
   explicit SequencesCall(const Call& call) : head(call, 5) {}
   HeadRows<T> head;
   C *dhidden, *gram, *probes, *first, *second, *differences;
-  T *narrow, *narrowScaled;
-  const C* coefficients;
+  T *narrow, *scaled;  // D as products take it; hidden times the coefficients of each of the two gradients, [2, N, H]
   int64_t side, probeSide, secondRows;
 };
 
@@ -103,21 +102,27 @@ void spreadRow(const SequencesCall<T>& p, int64_t s, int64_t row, const LogitsBl
   if constexpr (sizeof(T) != sizeof(C)) writeRow(p.narrow + row * kChunkStride, d, b.columns);
 }
 
-// share[r] = coefficient * D[r], for the products of one of the two accumulated gradients.
+// out += sum over the first `rows` of D[r]^T scaled[r], the coefficients already in `scaled`.
 template <class T, class C>
-void addShare(const SequencesCall<T>& p, C* out, const C* coefficients, int64_t rows, const LogitsBlock& b) {
+void addShare(const SequencesCall<T>& p, C* out, const T* scaled, int64_t rows, const LogitsBlock& b) {
   if (!out || rows == 0) return;
-  parallelFor(rows, rowGrain(b.columns), [&](int64_t begin, int64_t end, int) {
+  gemm({dtypeOf<T>(), dtypeOf<C>(), b.columns, p.head.width, rows, p.narrow, 1, kChunkStride, scaled, p.head.width, 1,
+        out + b.firstColumn * p.head.width, p.head.width, 1.0, true});
+}
+
+// scaled[r] = coefficients[r] * hidden[r]: a row of hidden is much shorter than one of D.
+template <class T, class C>
+void scaleHidden(const HeadRows<T>& h, T* scaled, const C* coefficients, int64_t rows) {
+  parallelFor(rows, rowGrain(h.width), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; r++) {
-      const C *d = p.differences + r * kChunkStride, factor = coefficients[r];
-      T* share = p.narrowScaled + r * kChunkStride;
-      forVectors<C>(b.columns, [&](int64_t i, int count) KG_LAMBDA_INLINE {
-        storeLanes(share + i, Vec<C>(factor) * loadLanes<C>(d + i, count), count);
+      const T* hidden = h.hidden + r * h.width;
+      T* out = scaled + r * h.width;
+      const Vec<C> factor(coefficients[r]);
+      forVectors<C>(h.width, [&](int64_t i, int count) KG_LAMBDA_INLINE {
+        storeLanes(out + i, factor * loadLanes<C>(hidden + i, count), count);
       });
     }
   });
-  gemm({dtypeOf<T>(), dtypeOf<C>(), b.columns, p.head.width, rows, p.narrowScaled, 1, kChunkStride, p.head.hidden,
-        p.head.width, 1, out + b.firstColumn * p.head.width, p.head.width, 1.0, true});
 }
 
 template <class T>
@@ -138,8 +143,8 @@ void sequencesChunk(const SequencesCall<T>& p, const LogitsBlock& b) {
   }
   gemm({dtypeOf<T>(), dtypeOf<C>(), h.rows, h.width, b.columns, p.narrow, kChunkStride, 1, weight, h.width, 1,
         p.dhidden, h.width, 1.0, b.firstColumn > 0});
-  addShare(p, p.first, p.coefficients, h.rows, b);
-  addShare(p, p.second, p.coefficients + h.rows, p.secondRows, b);
+  addShare(p, p.first, p.scaled, h.rows, b);
+  addShare(p, p.second, p.scaled + h.rows * h.width, p.secondRows, b);
 }
 
 template <class T>
@@ -152,12 +157,12 @@ void vocabHeadSequences(const Call& call) {
   Workspace workspace;
   const size_t differencesAt = workspace.reserve<C>(chunk);
   const size_t narrowAt = workspace.reserve<T>(p.head.kNarrow ? chunk : 0);
-  const size_t scaledAt = workspace.reserve<T>(shares ? chunk : 0);
+  const size_t scaledAt = workspace.reserve<T>(shares ? 2 * rows * p.head.width : 0);
   const size_t hiddenAt = workspace.reserve<C>(p.head.kNarrow ? rows * p.head.width : 0);
   workspace.allocate(call);
   p.differences = workspace.get<C>(differencesAt);
   p.narrow = workspace.get<T>(p.head.kNarrow ? narrowAt : differencesAt);
-  p.narrowScaled = workspace.get<T>(scaledAt);
+  p.scaled = workspace.get<T>(scaledAt);
   p.dhidden = p.head.kNarrow ? workspace.get<C>(hiddenAt) : call[0].ptr<C>();
   p.gram = call[1].present() ? call[1].ptr<C>() : nullptr;
   p.side = p.gram ? call[1].size(1) : 0;
@@ -165,8 +170,9 @@ void vocabHeadSequences(const Call& call) {
   p.probeSide = p.probes ? call[2].size(1) : 0;
   p.first = call[3].present() ? call[3].ptr<C>() : nullptr;
   p.second = call[4].present() ? call[4].ptr<C>() : nullptr;
-  p.coefficients = shares ? call[11].ptr<C>() : nullptr;
   p.secondRows = call.intAttr(0);
+  if (p.first) scaleHidden(p.head, p.scaled, call[11].ptr<C>(), rows);
+  if (p.second) scaleHidden(p.head, p.scaled + rows * p.head.width, call[11].ptr<C>() + rows, p.secondRows);
   if (p.gram) memset(static_cast<void*>(p.gram), 0, call[1].numel() * sizeof(C));
   if (p.probes) memset(static_cast<void*>(p.probes), 0, call[2].numel() * sizeof(C));
   forBlocks(rows, rows, p.head.vocabulary, [&](const LogitsBlock& b) { sequencesChunk(p, b); });

@@ -72,8 +72,9 @@ class Pool {
     fn_ = fn;
     context_ = context;
     n_ = n;
-    int64_t even = (n + threads * 4 - 1) / (threads * 4);
-    chunk_ = even > grain ? even : grain;
+    // Up to an eighth of a thread's share, which the others may have to wait for at the end; few ranges go one by one.
+    int64_t most = n / (threads * 8);
+    chunk_ = most > grain ? most : grain;
     limit_.store(threads - 1, std::memory_order_relaxed);
     next_.store(0, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
