@@ -101,12 +101,23 @@ function step(
   }
   try {
     results.forEach((value, i) => {
-      if (value) deliver(node, i, value, pending);
+      if (value) deliver(receiver(node, i, bit), value, pending);
     });
   } catch (error) {
     disposeAll(results);
     throw error;
   }
+}
+
+/** Where cotangents of an input go: behind the inputs of inner transforms, which stand for what was given to them. */
+function receiver(node: Node, input: number, bit: number): { node: Node; output: number } | null {
+  let [parent, output] = [node.parents[input], node.parentOutputs[input]];
+  while (parent?.isInput && !parent.sink) {
+    const given: Node | null = parent.parents[0];
+    if (!given || !(given.mask & bit)) break;
+    [parent, output] = [given, parent.parentOutputs[0]];
+  }
+  return parent && { node: parent, output };
 }
 
 /** Cotangents of a node's parents, owned; null where none is needed or a sink took the contribution. */
@@ -117,12 +128,13 @@ function runBackward(
   streams: SequenceStreams | null,
 ): readonly (Tensor | null)[] {
   const needs = node.parents.map((p) => p !== null && (p.mask & bit) !== 0);
+  const sinks = node.parents.map((_, i) => receiver(node, i, bit)?.node.sink ?? null);
   const sunk: { sink: GradientSink; contribution: Contribution }[] = [];
   return owned(() => {
     const saved = useSaved(node);
     const differentiable = trackedMask([...saved, ...cotangents]) !== 0;
     const sinkOf = (i: number): GradientSink | null => {
-      const sink = node.parents[i]?.sink;
+      const sink = sinks[i];
       return sink && (!differentiable || sink.differentiable) ? sink : null;
     };
     const context: BackwardContext = {
@@ -135,9 +147,9 @@ function runBackward(
       saved,
       needs,
       differentiable,
-      buffer: (i) => (differentiable ? null : (node.parents[i]?.sink?.buffer ?? null)),
+      buffer: (i) => (differentiable ? null : (sinks[i]?.buffer ?? null)),
       streams,
-      shares: (i) => node.parents[i]?.sink?.shares ?? null,
+      shares: (i) => sinks[i]?.shares ?? null,
       sink: sinkOf,
     };
     const given = inBackwardOf(node.op, () => node.backward(context));
@@ -158,17 +170,16 @@ function runBackward(
 }
 
 /** Hands an owned cotangent to the parent's sink, or keeps it for the parent's own backward. */
-function deliver(node: Node, input: number, value: Tensor, pending: Map<Node, (Tensor | null)[]>): void {
-  const parent = node.parents[input];
-  if (!parent) return;
-  const { sink } = parent;
+function deliver(to: ReturnType<typeof receiver>, value: Tensor, pending: Map<Node, (Tensor | null)[]>): void {
+  if (!to) return;
+  const { sink } = to.node;
   if (sink && (value.node === null || sink.differentiable)) {
     owned(() => {
       sink.accept(value);
       return [];
     });
     value.dispose();
-  } else accumulate(pending, parent, node.parentOutputs[input], value);
+  } else accumulate(pending, to.node, to.output, value);
 }
 
 const isContribution = (value: Tensor | Contribution): value is Contribution => 'materialize' in value;

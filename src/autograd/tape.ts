@@ -96,6 +96,8 @@ export class Node implements TapeNode {
   readonly outputs: number;
   /** Whether backward knows of streams. */
   readonly streamed: boolean;
+  /** Whether it is an input of a transform: it stands for the tensor that was given. */
+  readonly isInput: boolean;
   sink: GradientSink | null = null;
 
   constructor(
@@ -108,6 +110,7 @@ export class Node implements TapeNode {
     streamed = true,
   ) {
     this.op = op;
+    this.isInput = backward === passThrough;
     this.outputs = outputs;
     this.streamed = streamed;
     this.mask = mask;
