@@ -23,6 +23,9 @@ struct Gemm {
   double alpha = 1;
   bool accumulate = false;
   const void* bias = nullptr;  // [N], or null
+  // B(k,j) = A(j,k), M = N, no bias, and C is symmetric where it is read: half of C may be a copy of the other. Not for
+  // a C narrower than the sums.
+  bool symmetric = false;
 };
 
 namespace KG_ISA {

@@ -80,6 +80,7 @@ class GemmDriver {
     int64_t row, rows, k, depth;
     Acc* partial;  // narrow C over several blocks of K: sums so far, [rows][partialRow] from column `column`
     int64_t partialRow, column;
+    bool half = false;  // of a symmetric C: tiles above the diagonal are left to mirror()
   };
 
   int64_t units(int64_t depth) const { return ceilDiv(depth, P::kPair); }
@@ -87,6 +88,11 @@ class GemmDriver {
   bool severalBlocks() const { return g_.K > blockK_; }
 
   static int64_t panelWidth(int64_t rows) { return ceilDiv(rows, ceilDiv(rows, Shape::rows)); }
+
+  // Whether the first `rows` rows of a block lie above the diagonal in all columns of a panel, and are left out.
+  static bool above(const Block& block, int64_t rows, int64_t panel) {
+    return block.half && block.row + rows <= panel * Shape::columns;
+  }
 
   void packA(const Block& block, Packed* to) const {
     gemmPackPanels<P>({a_ + block.row * g_.aRow + block.k * g_.aCol, g_.aRow, g_.aCol}, block.rows,
@@ -139,6 +145,7 @@ class GemmDriver {
       for (int64_t panel = 0; panel < panels_; panel += step)
         sharedPart(threads, k, depth, panel, minOf(step, panels_ - panel));
     }
+    if (g_.symmetric) mirror();
   }
 
   void sharedPart(int threads, int64_t k0, int64_t depth, int64_t panel0, int64_t panels) const {
@@ -160,12 +167,41 @@ class GemmDriver {
     const int64_t spans = ceilDiv(panels, span);
     parallelFor(bands * spans, 1, [&](int64_t from, int64_t to, int) {
       for (int64_t task = from; task < to; task++) {
-        const int64_t row = task % bands * rows, first = task / bands * span;
-        Block block{row, minOf(rows, g_.M - row), k0, 0, nullptr, span * Shape::columns, 0};
+        // From the last band on: of a symmetric C it has the most to do.
+        const int64_t row = (bands - 1 - task % bands) * rows, first = task / bands * span;
+        Block block{row, minOf(rows, g_.M - row), k0, 0, nullptr, span * Shape::columns, 0, g_.symmetric};
         block.column = (panel0 + first) * Shape::columns;
         band(block, blocksK, k0, depth, b, rowUnits, panel0, first, minOf(first + span, panels));
       }
     });
+  }
+
+  // C(i,j) = C(j,i) above the diagonal, by squares.
+  void mirror() const {
+    if constexpr (!narrow) {
+      constexpr int side = Shape::lanes;
+      const int64_t squares = ceilDiv(g_.M, side);
+      parallelFor(squares, ceilDiv(4096, g_.M * side), [&](int64_t from, int64_t to, int) {
+        for (int64_t i = from * side; i < minOf(to * side, g_.M); i += side)
+          for (int64_t j = i; j < g_.M; j += side) mirrorSquare(i, j);
+      });
+    }
+  }
+
+  void mirrorSquare(int64_t i, int64_t j) const {
+    constexpr int side = Shape::lanes;
+    const Acc* below = c_ + j * g_.cRow + i;
+    Acc* to = c_ + i * g_.cRow + j;
+    if (i == j || j + side > g_.M) {
+      for (int64_t r = 0; r < minOf(side, g_.M - i); r++)
+        for (int64_t c = i == j ? r + 1 : 0; c < minOf(side, g_.M - j); c++)
+          to[r * g_.cRow + c] = below[c * g_.cRow + r];
+      return;
+    }
+    typename P::V v[side];
+    for (int r = 0; r < side; r++) v[r] = gemmLoad<typename P::V>(below + r * g_.cRow);
+    gemmTranspose<typename P::V, side>(v);
+    for (int r = 0; r < side; r++) gemmStore(to + r * g_.cRow, v[r]);
   }
 
   // Panel `p` of the block of K that starts at k lies at rowUnits * units(k - k0) + p * columns * units(its depth).
@@ -190,7 +226,7 @@ class GemmDriver {
       block.depth = minOf(blockK_, depth - i * blockK_);
       packA(block, a);
       const Packed* bk = b + rowUnits * units(i * blockK_);
-      for (int64_t p = first; p < last; p++) {
+      for (int64_t p = first; p < last && !above(block, block.rows, panel0 + p); p++) {
         const int64_t width = roundUp(panelColumns(panel0 + p), Shape::lanes);
         tiles(block, a, bk + p * Shape::columns * units(block.depth), width, panel0 + p);
       }
@@ -208,6 +244,7 @@ class GemmDriver {
     GemmTile<Acc> tile{alpha_, false, !first, nullptr, g_.cRow, nullptr, buffer};
     for (int64_t i = 0; i < block.rows; i += width) {
       const int64_t rows = minOf(width, block.rows - i);
+      if (above(block, i + rows, panel)) continue;
       Acc* partial = block.partial ? block.partial + i * block.partialRow + column - block.column : nullptr;
       if (partial && !last) {
         tile.direct = true;

@@ -139,7 +139,7 @@ void sequencesChunk(const SequencesCall<T>& p, const LogitsBlock& b) {
     const T* d = p.narrow + q.row * kChunkStride;
     if (!p.gram) continue;
     gemm({dtypeOf<T>(), dtypeOf<C>(), q.rows, q.rows, b.columns, d, kChunkStride, 1, d, 1, kChunkStride,
-          p.gram + s * p.side * p.side, p.side, 1.0, true});
+          p.gram + s * p.side * p.side, p.side, 1.0, true, nullptr, true});
   }
   gemm({dtypeOf<T>(), dtypeOf<C>(), h.rows, h.width, b.columns, p.narrow, kChunkStride, 1, weight, h.width, 1,
         p.dhidden, h.width, 1.0, b.firstColumn > 0});

@@ -94,6 +94,8 @@ void kernel_matmul(const Call& call) {
          a.size(-1),     a.data,       a.stride(-2),         a.stride(-1),
          b.data,         b.stride(-2), b.stride(-1),         out.data,
          out.stride(-2), call.attr(0), call.intAttr(1) != 0, bias.present() ? bias.data : nullptr};
+  const bool gram = out.ndim == 2 && a.data == b.data && g.M == g.N && g.aRow == g.bCol && g.aCol == g.bRow;
+  g.symmetric = gram && !g.accumulate && !g.bias && out.dtype != DType::BF16;
   Batch batch = batchOf(out, a, b);
   if (g.M == 0 || g.N == 0 || batch.count == 0) return;
   mergeRows(batch, g);
