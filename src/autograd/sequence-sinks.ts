@@ -20,19 +20,13 @@ import {
 } from '../ops/movement.js';
 import { type LinearContribution, matmulInto, type VectorContribution } from '../ops/product.js';
 import { sum } from '../ops/reduce.js';
-import {
-  formsGradients,
-  gradientInto,
-  innerByRows,
-  SequenceFactors,
-  sequenceSquares,
-  squaresByRows,
-} from '../ops/sequence-products.js';
+import { formsGradients, gradientInto, innerByRows, SequenceFactors, squaresByRows } from '../ops/sequence-products.js';
+import { InputSquares } from '../ops/sequence-squares.js';
 import type { SequenceStreams, Span } from '../ops/streams.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import { Tensor } from '../tensor/tensor.js';
-import type { Contribution, GradientShares, GradientSink } from './tape.js';
+import { type Contribution, type GradientShares, type GradientSink, trackedMask } from './tape.js';
 
 /** A parameter of a pass, and where its two accumulated gradients go. */
 export interface SequenceParameter {
@@ -75,6 +69,8 @@ export class SequencePass {
   readonly secondSpans: readonly Span[];
   readonly secondRows: number;
   private readonly kept: Tensor[] = [];
+  /** Linears of the input at hand. */
+  private open: InputSquares | null = null;
   private readonly coefficients = new Map<string, Coefficients>();
 
   constructor(streams: SequenceStreams, parameters: readonly SequenceParameter[], options: SequencePassOptions) {
@@ -134,6 +130,24 @@ export class SequencePass {
     this.terms.push({ group, tensor: this.keep(tensor) });
   }
 
+  /** The same of a linear, whose squares `[S]` are `value` without its scale: with those of its neighbours. */
+  addLinearSquares(contribution: LinearContribution, group: string, value: Tensor): void {
+    const { x, g, scale } = contribution;
+    if (trackedMask([x, g]) === 0) {
+      this.addSquares(group, mul(value, scale * scale));
+      return;
+    }
+    if (this.open?.take(contribution, group, value)) return;
+    this.closeLinears();
+    this.open = new InputSquares(this.factors, contribution.x);
+    this.open.take(contribution, group, value);
+  }
+
+  private closeLinears(): void {
+    for (const { group, tensor } of this.open?.squares() ?? []) this.addSquares(group, tensor);
+    this.open = null;
+  }
+
   /** Adds to the inner products of a group: `[pairs]`. */
   addInner(group: string, tensor: Tensor): void {
     if (!this.options.inner) return;
@@ -143,6 +157,7 @@ export class SequencePass {
   /** After the backward pass, while outer transforms still record: parameters with several kinds of contributions. */
   finish(): void {
     scope(() => {
+      this.closeLinears();
       for (const sink of this.sinks) sink.finish();
     });
   }
@@ -158,6 +173,7 @@ export class SequencePass {
   }
 
   dispose(): void {
+    this.open?.dispose();
     this.factors.release();
     for (const t of this.kept) t.dispose();
     this.kept.length = 0;
@@ -217,7 +233,8 @@ export class SequenceSink implements GradientSink {
 
   // ---- products of rows ---------------------------------------------------------------------------------------------
 
-  private acceptLinear({ x, g, scale }: LinearContribution): void {
+  private acceptLinear(contribution: LinearContribution): void {
+    const { x, g, scale } = contribution;
     if (this.linear)
       throw new Error(
         `[SequenceSink] expected ${this.parameter.name} to be used by one linear layer, found a second: their gradients would have to be added before squaring`,
@@ -225,7 +242,7 @@ export class SequenceSink implements GradientSink {
     this.linear = true;
     const { pass } = this;
     const { first, second, group } = this.parameter;
-    const { streams, options, factors } = pass;
+    const { streams, options } = pass;
     const shape = {
       lengths: streams.sequences.map((s) => s.rows.length),
       primalRows: streams.primalRows,
@@ -236,9 +253,7 @@ export class SequenceSink implements GradientSink {
     const rows = contiguous(g.detach());
     const forms = formsGradients(shape, wanted);
     const value = forms ? this.throughGradients(x, rows, scale) : this.throughProducts(x, rows, scale);
-    if (!options.squares || !value) return;
-    const squares = sequenceSquares(x, g, value, factors);
-    pass.addSquares(group, scale === 1 ? squares : mul(squares, scale * scale));
+    if (options.squares && value) pass.addLinearSquares(contribution, group, value);
   }
 
   /** Forms each sequence's gradient; its squares `[S]` without the scale. */

@@ -1,14 +1,13 @@
 // Products of one sequence's factors: of a weight's gradient G_iᵀ X_i for every sequence i, its square, without or with the
-// gradient itself. <G_iᵀ X_i, G_iᵀ X_i> = <X_i X_iᵀ, G_i G_iᵀ>: whichever costs less.
+// gradient itself. What follows from them for X and G is sequence-squares.ts's business. <G_iᵀ X_i, G_iᵀ X_i> = <X_i X_iᵀ, G_i G_iᵀ>: whichever costs less.
 import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { rowsOf, spread } from './backward.js';
-import { mul, square } from './elementwise.js';
-import { fused } from './fused.js';
-import { cast, contiguous, emptyLike, fill, gatherRows, reshape, scatterRows, stack, transpose } from './movement.js';
-import { matmul, matmulInto } from './product.js';
+import { mul } from './elementwise.js';
+import { contiguous, emptyLike, fill, stack, transpose } from './movement.js';
+import { matmulInto } from './product.js';
 import { sum } from './reduce.js';
 import type { SequenceStreams, Span } from './streams.js';
 
@@ -42,10 +41,6 @@ export function formsGradients(
   const inner = wanted.squares ? squares(shape.lengths) * (shape.in + shape.out) : 0;
   return formed < products + inner;
 }
-
-/** Whether the derivative of the squares goes through the gradients, two products of rows each, or inner products. */
-const derivativeForms = ({ lengths, in: width, out }: FactorShape): boolean =>
-  3 * width * out * total(lengths) < 2 * squares(lengths) * (width + out);
 
 /** One input's rows by sequence, with their inner products once they were asked for. */
 interface KnownInput {
@@ -104,7 +99,7 @@ const free = ({ source, rows, grams }: KnownInput): void => {
 };
 
 /** a bᵀ in the accumulation dtype, of rows. */
-function gramOf(a: Tensor, b: Tensor = a): Tensor {
+export function gramOf(a: Tensor, b: Tensor = a): Tensor {
   const out = emptyLike(a, [a.shape[0], b.shape[0]], accumulationDType(a.dtype));
   if (out.size > 0) matmulInto(out, a, transpose(b));
   return out;
@@ -133,80 +128,9 @@ export function innerByRows(factors: SequenceFactors, x: Tensor, g: Tensor): Ten
   return stack(products);
 }
 
-/**
- * |G_iᵀ X_i|² of each sequence as a differentiable function of x `[primal rows, in]` and g `[rows, out]`, whose value is known.
- */
-export function sequenceSquares(x: Tensor, g: Tensor, value: Tensor, factors: SequenceFactors): Tensor {
-  const { streams } = factors;
-  return fused({
-    name: 'sequenceSquares',
-    inputs: [x, g],
-    forward: () => ({ output: value.alias(null), saved: [] }),
-    definition: (a, b) => {
-      const rows = spread(a, streams);
-      const part = (t: Tensor, { start, length }: Span): Tensor => gatherRows(t, rowIndices(start, length, t));
-      return stack(factors.spans.map((span) => sum(square(matmul(transpose(part(b, span)), part(rows, span))))));
-    },
-    backward: ({ g: cotangent, saved: [a, b], needs }) => {
-      const shape: FactorShape = {
-        lengths: factors.spans.map((s) => s.length),
-        primalRows: streams.primalRows,
-        in: a.shape[1],
-        out: b.shape[1],
-      };
-      const rows = factors.rowsOf(a);
-      const plain = contiguous(b.detach());
-      const perRow = gatherRows(reshape(mul(cotangent.detach(), 2), [-1, 1]), streams.rowSequence);
-      const scaled = cast(mul(plain, perRow), plain.dtype);
-      const [forRows, forG] = [emptyLike(rows), emptyLike(plain)];
-      const derivative = derivativeForms(shape) ? throughGradients : throughInnerProducts;
-      derivative(factors, a, { rows, g: plain, scaled }, { rows: forRows, g: forG });
-      const merged = streams.rowMap && needs[0] ? scatterRows(forRows, streams.rowMap, streams.primalRows) : forRows;
-      return [merged, forG];
-    },
-  });
-}
-
-const rowIndices = (start: number, length: number, like: Tensor): Tensor => {
+/** int32 indices of consecutive rows. */
+export const rowIndices = (start: number, length: number, like: Tensor): Tensor => {
   const ids = emptyLike(like, [length], 'int32');
   if (length > 0) launch('arange', [ids], [start, 1]);
   return ids;
 };
-
-interface Factors {
-  rows: Tensor;
-  g: Tensor;
-}
-
-/** Derivatives 2 a G V and 2 a X Vᵀ with V = G_iᵀ X_i formed. */
-function throughGradients(
-  factors: SequenceFactors,
-  _x: Tensor,
-  { rows, g, scaled }: Factors & { scaled: Tensor },
-  into: Factors,
-): void {
-  const gradient = emptyLike(rows, [g.shape[1], rows.shape[1]]);
-  for (const { start, length } of factors.spans) {
-    if (length === 0) continue;
-    const of = (t: Tensor): Tensor => rowsOf(t, start, length);
-    gradientInto(gradient, of(scaled), of(rows));
-    matmulInto(of(into.g), of(rows), transpose(gradient));
-    matmulInto(of(into.rows), of(g), gradient);
-  }
-}
-
-/** Derivatives 2 a (G Gᵀ) X and 2 a (X Xᵀ) G. */
-function throughInnerProducts(
-  factors: SequenceFactors,
-  x: Tensor,
-  { rows, g, scaled }: Factors & { scaled: Tensor },
-  into: Factors,
-): void {
-  const grams = factors.gramsOf(x);
-  for (const [s, { start, length }] of factors.spans.entries()) {
-    if (length === 0) continue;
-    const of = (t: Tensor): Tensor => rowsOf(t, start, length);
-    matmulInto(of(into.g), cast(grams[s], g.dtype), of(scaled));
-    matmulInto(of(into.rows), cast(gramOf(of(scaled), of(g)), rows.dtype), of(rows));
-  }
-}
