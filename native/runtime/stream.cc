@@ -17,9 +17,10 @@ namespace {
 
 constexpr uint64_t kRingBytes = 8u << 20;
 constexpr int kSpins = 3000;
-constexpr std::chrono::milliseconds kRingPause(1);  // a full ring lasts longer, and kernels need the cores
-constexpr uint64_t kLaunchesPerCheck = 1 << 14;     // a deferred queue is asked for faults this often, read or not
-constexpr unsigned char kGuardByte = 0xcb;          // as float32 about -2.7e7, never a plausible value
+// Kernels need the cores: whoever meets a full ring sleeps until half of it is done, not for every command.
+constexpr std::chrono::milliseconds kRingPause(5);
+constexpr uint64_t kLaunchesPerCheck = 1 << 14;  // a deferred queue is asked for faults this often, read or not
+constexpr unsigned char kGuardByte = 0xcb;       // as float32 about -2.7e7, never a plausible value
 
 KG_INLINE void cpuRelax() {
 #if defined(__x86_64__)
@@ -98,8 +99,8 @@ Stream::Header* Stream::reserve(size_t bytes) {
   uint64_t at = written_.load(std::memory_order_relaxed);
   uint64_t room = kRingBytes - at % kRingBytes;
   auto waitFor = [&](uint64_t end) {  // the ring pushes back
-    for (int spins = 0; end - consumed_.load(std::memory_order_acquire) > kRingBytes; spins++)
-      spins < kSpins ? cpuRelax() : std::this_thread::sleep_for(kRingPause);
+    if (end - consumed_.load(std::memory_order_acquire) <= kRingBytes) return;
+    while (end - consumed_.load(std::memory_order_acquire) > kRingBytes / 2) std::this_thread::sleep_for(kRingPause);
   };
   if (room < bytes) {
     waitFor(at + room);
