@@ -51,12 +51,18 @@ export const bySequence = (rows: Tensor, streams: SequenceStreams): Tensor =>
   scatterRows(cast(rows, accumulationDType(rows.dtype)), streams.rowSequence, streams.sequences.length);
 
 /** g w: the cotangent of x behind y = x wᵀ, for g `[R, out]`, w `[out, in]`. Its own gradient for w is a contribution. */
-export function linearBackward(g: Tensor, w: Tensor): Tensor {
-  const out = emptyLike(g, [g.shape[0], w.shape[1]]);
-  matmulInto(out, g, w);
-  return record('linearBackward', [g, w], [out], [g, w], ({ g: dot, saved: [rows, weight], needs }) => [
-    needs[0] ? linear(dot, weight) : null,
-    needs[1] ? new LinearContribution(dot, rows) : null,
+export const linearBackward = (g: Tensor, w: Tensor): Tensor => linearsBackward([g], [w]);
+
+/** The same of several linears of one x: the sum of g w. */
+export function linearsBackward(gs: readonly Tensor[], ws: readonly Tensor[]): Tensor {
+  const out = emptyLike(gs[0], [gs[0].shape[0], ws[0].shape[1]]);
+  gs.forEach((g, i) => {
+    matmulInto(out, g, ws[i], { accumulate: i > 0 });
+  });
+  const inputs = [...gs, ...ws];
+  return record('linearBackward', inputs, [out], inputs, ({ g: dot, saved, needs }) => [
+    ...gs.map((_, i) => (needs[i] ? linear(dot, saved[gs.length + i]) : null)),
+    ...gs.map((_, i) => (needs[gs.length + i] ? new LinearContribution(dot, saved[i]) : null)),
   ])[0];
 }
 

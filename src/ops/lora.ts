@@ -15,7 +15,7 @@ import type { BackwardContext, Cotangent } from '../autograd/tape.js';
 import type { DType } from '../tensor/dtype.js';
 import { scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
-import { linearBackward } from './backward.js';
+import { linearBackward, linearsBackward } from './backward.js';
 import { add, mul } from './elementwise.js';
 import { fusedOutputs } from './fused.js';
 import { cast, copyInto, emptyLike, fill, slice } from './movement.js';
@@ -278,20 +278,24 @@ function composedBackward(
 ): Cotangent[] {
   const x = saved[0];
   const results: Cotangent[] = needs.map(() => null);
-  const toInput: Tensor[] = [];
+  const toInput: { g: Tensor[]; weight: Tensor[] } = { g: [], weight: [] };
+  const send = (g: Tensor, weight: Tensor): void => {
+    toInput.g.push(g);
+    toInput.weight.push(weight);
+  };
   partsOf(saved, places).forEach(({ weight, adapter }, i) => {
     const [g, place] = [cotangents[i], places[i]];
     if (!g) return;
-    if (needs[0]) toInput.push(linearBackward(g, weight));
+    send(g, weight);
     if (needs[place.weight]) results[place.weight] = new LinearContribution(x, g, 1, streams);
     if (place.bias !== null && needs[place.bias]) results[place.bias] = biasCotangent(g, streams);
     if (!adapter || !place.adapter) return;
     const [a, b] = [adapter.a, adapter.b].map((t) => cast(t, x.dtype));
     const dlow = mul(linearBackward(g, b), scale);
-    if (needs[0]) toInput.push(linearBackward(dlow, a));
+    send(dlow, a);
     if (needs[place.adapter.a]) results[place.adapter.a] = new LinearContribution(x, dlow, 1, streams);
     if (needs[place.adapter.b]) results[place.adapter.b] = new LinearContribution(linear(x, a), g, scale, streams);
   });
-  if (needs[0]) results[0] = toInput.reduce((sum, t) => add(sum, t));
+  if (needs[0]) results[0] = linearsBackward(toInput.g, toInput.weight);
   return results;
 }

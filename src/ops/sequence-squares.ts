@@ -8,7 +8,18 @@ import type { Tensor } from '../tensor/tensor.js';
 import { rowsOf, spread } from './backward.js';
 import { add, addInPlace, mul, square } from './elementwise.js';
 import { fusedOutputs } from './fused.js';
-import { cast, contiguous, emptyLike, fill, gatherRows, reshape, scatterRows, stack, transpose } from './movement.js';
+import {
+  cast,
+  clone,
+  contiguous,
+  emptyLike,
+  fill,
+  gatherRows,
+  reshape,
+  scatterRows,
+  stack,
+  transpose,
+} from './movement.js';
 import { type LinearContribution, matmul, matmulInto } from './product.js';
 import { sum } from './reduce.js';
 import { gradientInto, gramOf, rowIndices, type SequenceFactors } from './sequence-products.js';
@@ -64,7 +75,7 @@ export class InputSquares {
       beside.others.push({ x: this.keep(x.alias()), group, scale });
     }
     const before = this.values.get(group);
-    const scaled = mul(value, scale * scale);
+    const scaled = scale === 1 ? value.alias() : mul(value, scale * scale);
     this.values.set(group, this.keep(before ? add(before, scaled) : scaled));
     return true;
   }
@@ -134,6 +145,8 @@ interface Weighted {
   readonly rows: Tensor;
   /** `[S, 1]`: 2 scale² times the cotangent. */
   readonly weights: Tensor;
+  /** Rows times the weight of their sequence; of inputs other than the common one. */
+  readonly scaled: Tensor | null;
   /** The derivative for the input, by sequence. */
   readonly into: Tensor;
 }
@@ -169,19 +182,21 @@ class Derivative {
       if (given && !known.has(key)) known.set(key, reshape(mul(given.detach(), 2 * scale * scale), [-1, 1]));
       return known.get(key) ?? null;
     };
-    const weighted = (use: Use, rows: Tensor, into: Tensor): Weighted | null => {
-      const weights = weightsOf(use);
-      return weights && { rows, weights, into };
-    };
-    this.parts = parts.map(({ g, own, others }) => ({
-      g: contiguous(g.detach()),
-      forG: emptyLike(g),
-      own: weighted(own, this.rows, this.forX),
-      others: others.map((use) => {
-        const rows = contiguous(spread(use.x.detach(), factors.streams));
-        return weighted(use, rows, emptyLike(rows));
-      }),
-    }));
+    const { streams } = factors;
+    this.parts = parts.map(({ g, own, others }) => {
+      const weights = weightsOf(own);
+      return {
+        g: contiguous(g.detach()),
+        forG: emptyLike(g),
+        own: weights && { rows: this.rows, weights, scaled: null, into: this.forX },
+        others: others.map((use) => {
+          const weights = weightsOf(use);
+          const rows = contiguous(spread(use.x.detach(), streams));
+          const scaled = weights && cast(mul(rows, gatherRows(weights, streams.rowSequence)), rows.dtype);
+          return weights && { rows, weights, scaled, into: emptyLike(rows) };
+        }),
+      };
+    });
   }
 
   /** Derivatives for the common input, the cotangents and the other inputs. */
@@ -224,29 +239,27 @@ class Derivative {
   }
 
   private throughInnerProducts(s: number, span: Span): void {
-    const behind = new Map<Tensor, Tensor>();
-    const left = new Map<Tensor, Tensor>();
     const gramOfX = this.parts.some((p) => p.own) ? this.factors.gramsOf(this.x)[s] : null;
+    const left = new Map<Tensor, Tensor>();
+    const behind = new Map<Tensor, Tensor>();
     for (const { g, forG, own, others } of this.parts) {
       const uses = others.filter((use) => use !== null);
-      if (!own && uses.length === 0) continue;
       const rows = pieceOf(g, span);
-      const gram = gramOf(rows);
-      for (const use of uses) this.put(use.into, span, mul(gram, weightOf(use, s)), pieceOf(use.rows, span));
-      const terms = uses.map((use) => mul(gramOf(pieceOf(use.rows, span)), weightOf(use, s)));
-      if (own) {
-        if (!left.has(own.weights)) left.set(own.weights, mul(gramOfX!, weightOf(own, s)));
-        terms.push(left.get(own.weights)!);
+      if (own && !left.has(own.weights)) left.set(own.weights, mul(gramOfX!, weightOf(own, s)));
+      const ofOwn = own && left.get(own.weights)!;
+      if (uses.length > 0) {
+        const gram = gramOf(rows);
+        const sum = ofOwn ? clone(ofOwn) : null;
+        const total = uses.reduce((into, use) => this.beside(use, span, gram, into), sum);
+        this.put(forG, span, total!, rows);
+        if (own) addTo(behind, own.weights, gram);
+      } else if (own) {
+        this.put(forG, span, ofOwn!, rows);
         const before = behind.get(own.weights);
-        if (before) addInPlace(before, gram);
-        else behind.set(own.weights, gram);
+        // Thin: what is symmetric costs less than one more pass over a matrix of rows.
+        if (before && g.shape[1] < span.length) matmulInto(before, rows, transpose(rows), { accumulate: true });
+        else addTo(behind, own.weights, gramOf(rows));
       }
-      this.put(
-        forG,
-        span,
-        terms.reduce((total, t) => add(total, t)),
-        rows,
-      );
     }
     const scaled = [...behind].map(([weights, gram]) => mul(gram, pieceOf(weights, { start: s, length: 1 })));
     if (scaled.length > 0)
@@ -256,6 +269,15 @@ class Derivative {
         scaled.reduce((total, t) => add(total, t)),
         pieceOf(this.rows, span),
       );
+  }
+
+  /** Of another input behind the same cotangents: its derivative, and its inner products times the weight, added to `into`. */
+  private beside(use: Weighted, span: Span, gram: Tensor, into: Tensor | null): Tensor {
+    const [rows, scaled] = [pieceOf(use.rows, span), pieceOf(use.scaled!, span)];
+    this.put(use.into, span, gram, scaled);
+    const sum = into ?? emptyLike(gram);
+    matmulInto(sum, scaled, transpose(rows), { accumulate: into !== null });
+    return sum;
   }
 
   private throughGradients(s: number, span: Span): void {
@@ -268,6 +290,12 @@ class Derivative {
         this.put(use.into, span, g, gradient);
       }
   }
+}
+
+function addTo(sums: Map<Tensor, Tensor>, key: Tensor, t: Tensor): void {
+  const before = sums.get(key);
+  if (before) addInPlace(before, t);
+  else sums.set(key, t);
 }
 
 const pieceOf = (t: Tensor, { start, length }: Span): Tensor => rowsOf(t, start, length);
