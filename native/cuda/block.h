@@ -47,6 +47,26 @@ inline dim3 gridOf(int64_t x, int64_t y = 1, int64_t z = 1) {
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
 }
 
+// Pieces of the one scratch block of a call: reserve all, allocate, then get.
+class Workspace {
+ public:
+  template <class T>
+  size_t reserve(int64_t count) {
+    const size_t offset = bytes_;
+    bytes_ += roundUp(count * static_cast<int64_t>(sizeof(T)), 64);
+    return offset;
+  }
+  void allocate(const Call& call) { base_ = static_cast<char*>(scratch(call, bytes_ > 0 ? bytes_ : 64)); }
+  template <class T>
+  T* get(size_t offset) const {
+    return reinterpret_cast<T*>(base_ + offset);
+  }
+
+ private:
+  size_t bytes_ = 0;
+  char* base_ = nullptr;
+};
+
 template <class T>
 struct TypeTag {
   using type = T;

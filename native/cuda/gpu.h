@@ -36,6 +36,8 @@ KG_DEVICE unsigned char* dynamicShared() {
   return kgDynamicShared;
 }
 
+KG_DEVICE int countBits(uint32_t x) { return __popc(x); }
+
 // ---- barriers: every thread of the block (all lanes of the warp) must arrive ----------------------------------------
 KG_DEVICE void syncThreads() { __syncthreads(); }
 KG_DEVICE void syncWarp() { __syncwarp(); }

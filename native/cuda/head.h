@@ -19,26 +19,6 @@ constexpr int64_t kBlockRows = 2048;
 constexpr int kHeadThreads = 256;
 constexpr int kPerThread = kChunk / kHeadThreads;
 
-// Pieces of the one scratch block of a call: reserve all, allocate, then get.
-class Workspace {
- public:
-  template <class T>
-  size_t reserve(int64_t count) {
-    const size_t offset = bytes_;
-    bytes_ += roundUp(count * static_cast<int64_t>(sizeof(T)), 64);
-    return offset;
-  }
-  void allocate(const Call& call) { base_ = static_cast<char*>(scratch(call, bytes_ > 0 ? bytes_ : 64)); }
-  template <class T>
-  T* get(size_t offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
-  }
-
- private:
-  size_t bytes_ = 0;
-  char* base_ = nullptr;
-};
-
 // Rows of a block: as few blocks as the budget allows, of about equal size.
 template <class C>
 int64_t rowsPerBlock(int64_t rows) {

@@ -110,10 +110,4 @@ KG_DEVICE IntLane lowest(IntLane) { return INT32_MIN; }
 
 }  // namespace m
 
-KG_DEVICE int countBits(uint32_t x) {
-  x -= x >> 1 & 0x55555555u;
-  x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
-  return static_cast<int>(((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
-}
-
 }  // namespace kg::cuda

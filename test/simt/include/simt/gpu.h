@@ -35,6 +35,8 @@ KG_DEVICE int laneId() { return static_cast<int>(threadIdx.x & 31); }
 KG_DEVICE int warpId() { return static_cast<int>(threadIdx.x >> 5); }
 KG_DEVICE unsigned char* dynamicShared() { return simt::dynamicSharedMemory(); }
 
+KG_DEVICE int countBits(uint32_t x) { return __builtin_popcount(x); }
+
 // ---- barriers ------------------------------------------------------------------------------------------------------
 KG_DEVICE void syncThreads(KG_SIMT_SITE) { simt::barrier({file, line}); }
 KG_DEVICE void syncWarp(KG_SIMT_SITE) { simt::warpBarrier({file, line}); }
