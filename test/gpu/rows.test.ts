@@ -4,7 +4,7 @@ import { describe, expect, test } from 'vitest';
 import '../../src/ops/methods.js';
 import { vjp } from '../../src/autograd/transforms.js';
 import { launch } from '../../src/native/launch.js';
-import { gatherRows, slice } from '../../src/ops/movement.js';
+import { gatherRows, scatterRows, slice } from '../../src/ops/movement.js';
 import { addRmsNorm, rmsNorm, rotaryEmbedding, swiglu } from '../../src/ops/transformer.js';
 import { scope } from '../../src/tensor/scope.js';
 import type { Device } from '../../src/tensor/storage.js';
@@ -107,6 +107,17 @@ describe.skipIf(!gpu)(`faults in data (${gpu ?? needsGpu})`, () => {
       const [weight, rstd] = [filled(8), filled(2)];
       launch('rmsNormBackward', [dx, null, filled(3, 8), filled(2, 8), weight, rstd, int32(0, -1, 1), null]);
       expect(() => dx.dataSync()).toThrow('expected rowMap[1] in [0, 2), found -1');
+    });
+  });
+
+  test.each([
+    [5, 1],
+    [9000, 8999],
+  ])('an id outside of the table that %i rows are added to', (rows, at) => {
+    scope(() => {
+      const ids = Int32Array.from({ length: rows }, (_, i) => (i === at ? -3 : (7 * i) % 4));
+      const added = scatterRows(filled(rows, 2), Tensor.from(ids, { device: gpu! }), 4);
+      expect(() => added.dataSync()).toThrow(`[scatterAddRows] expected ids[${at}] in [0, 4), found -3`);
     });
   });
 

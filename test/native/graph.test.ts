@@ -8,7 +8,7 @@ import { createModel } from '../../src/models/initialize.js';
 import { addon } from '../../src/native/addon.js';
 import { captureGraph, type Graph } from '../../src/native/graph.js';
 import { addInPlace } from '../../src/ops/elementwise.js';
-import { cast, clone, copyInto, full, gatherLast } from '../../src/ops/movement.js';
+import { cast, clone, copyInto, full, gatherLast, scatterRows } from '../../src/ops/movement.js';
 import { SegmentLayout } from '../../src/ops/segments.js';
 import { clipFactor, nonFinite, sumOfSquares } from '../../src/optim/clip.js';
 import { Optimizer, type OptimizerOptions } from '../../src/optim/optimizer.js';
@@ -128,6 +128,18 @@ describe.each(testDevices())('on %s', (device) => {
       expectOnDevice(graph, 3);
       for (const t of [...others, ...weights.values()]) t.dispose();
     });
+  });
+
+  test.each([300, 9000])('%i rows added to a table, at other ids', async (count) => {
+    const list = (step: number): number[] => Array.from({ length: count }, (_, i) => (step * i) % 50);
+    using rows = Tensor.from(numbers(2 * count, 1), { shape: [count, 2] });
+    using ids = ints(...list(7));
+    using graph = captureGraph(() => scatterRows(rows, ids, 50));
+    ids.write(list(13));
+    graph.replay();
+    using expected = scatterRows(rows, ids, 50);
+    expect(await bits(graph.result)).toBe(await bits(expected));
+    expectOnDevice(graph, 1);
   });
 
   describe('an optimizer step', () => {

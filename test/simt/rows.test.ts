@@ -1,5 +1,5 @@
 // Rows on the CUDA kernels, run by the SIMT layer: they do not depend on their neighbours, faults in them are found and
-// kept apart. And the programs that compare matrix products and the vocabulary head with the CPU.
+// kept apart. And the programs that compare matrix products, the vocabulary head and scattered rows with the CPU.
 import { join } from 'node:path';
 import { beforeAll, expect, test } from 'vitest';
 import { BUILD_TIMEOUT, describeOnSimt, run, simtBuild } from './support.js';
@@ -13,7 +13,7 @@ describeOnSimt('rows on a CUDA device', { KEELGRAD_DIRECT_ALLOCATION: '0', KEELG
     folder = await simtBuild();
   }, BUILD_TIMEOUT);
 
-  test.for(['products', 'head'])('the program %s, in two schedules', async (name) => {
+  test.for(['products', 'head', 'scatter'])('the program %s, in two schedules', async (name) => {
     const env = { KEELGRAD_SIMT_MEMORY: '1024', KEELGRAD_SIMT_PROTECT: '0' };
     const all = ['ascending', 'random:3'].map((schedule) =>
       run(join(folder, `simt-${name}`), [], { ...env, KEELGRAD_SIMT_SCHEDULE: schedule }),

@@ -270,6 +270,34 @@ const scattered = (x: Host, at: Host, count: number): Host => {
   return out;
 };
 
+const scatter = (src: InputSpec, at: InputSpec, rows: number, more: More = {}): OpCase =>
+  move(
+    'scatterRows',
+    [src, at],
+    (x, to) => scatterRows(x, to, rows),
+    (x, to) => scattered(x, to, rows),
+    { opClass: 'reduction', ...more },
+  );
+
+/** On both sides of what one thread block sorts on a GPU; ids of one to three digits there, in runs of every length. */
+const scatters = (): OpCase[] => [
+  scatter(input([6, 3]), integers([6], [4, 0, 4, 2, 1, 4]), 5),
+  scatter(input([1, 3]), integers([1], [1]), 2),
+  scatter(input([5, 2]), ids(5, 1), 1, { note: 'one id' }),
+  scatter(input([8, 2]), integers([8], [3, 300, 298, 0, 2, 299, 1, 150]), 301, { note: 'distinct' }),
+  scatter(input([0, 3]), ids(0, 4), 4, { note: 'of nothing' }),
+  scatter(input([100, 67], -1, 1, 'transposed'), ids(100, 7), 8, { size: 'large' }),
+  scatter(input([40, 1030]), ids(40, 12), 12, { size: 'large', note: 'two panels of columns' }),
+  scatter(input([600, 5]), integers([600], [2]), 4, { size: 'large', note: 'equal' }),
+  scatter(input([3000, 2]), ids(3000, 151936), 151936, { size: 'large' }),
+  scatter(input([9000, 2]), ids(9000, 151936), 151936, { size: 'large' }),
+  scatter(input([9000, 2]), integers([9000], [1, 4, 1, 0]), 6, { size: 'large', note: 'long runs' }),
+  move('scatterRows', [input([1024, 576]), ids(1024, 49152)], (x, at) => scatterRows(x, at, 49152), same, {
+    size: 'bench',
+    cost: { elements: 49152 * 576 },
+  }),
+];
+
 const lookups = (): OpCase[] => [
   move('gatherRows', [input([5, 3]), integers([6], [4, 0, 4, 2, 1, 4])], gatherRows, rowsByIds, {
     gradientClass: 'reduction',
@@ -286,24 +314,6 @@ const lookups = (): OpCase[] => [
   move('gatherRows', [input([49152, 576]), ids(1024, 49152)], gatherRows, rowsByIds, {
     size: 'bench',
     cost: { elements: 2 * 1024 * 576 },
-  }),
-  move(
-    'scatterRows',
-    [input([6, 3]), integers([6], [4, 0, 4, 2, 1, 4])],
-    (x, at) => scatterRows(x, at, 5),
-    (x, at) => scattered(x, at, 5),
-    { opClass: 'reduction' },
-  ),
-  move(
-    'scatterRows',
-    [input([100, 67], -1, 1, 'transposed'), ids(100, 7)],
-    (x, at) => scatterRows(x, at, 8),
-    (x, at) => scattered(x, at, 8),
-    { size: 'large', opClass: 'reduction' },
-  ),
-  move('scatterRows', [input([1024, 576]), ids(1024, 49152)], (x, at) => scatterRows(x, at, 49152), same, {
-    size: 'bench',
-    cost: { elements: 49152 * 576 },
   }),
   move(
     'gatherLast',
@@ -429,6 +439,7 @@ export const movementCases = (): OpCase[] => [
   ...views(),
   ...joins(),
   ...lookups(),
+  ...scatters(),
   ...argmaxCases(),
   ...creations(),
 ];
