@@ -4,10 +4,12 @@
 //
 // H100, 4096 x 151,936, H 896, bfloat16, both gradients: three products of 1.12 TFLOP, 3.4 ms at 989 TFLOP/s, 4.8 ms at
 // the 700 within reach. Logits 2.5 GB written and read, gradients 1.2 GB written and read twice, largely within L2;
-// float32 sums of dhidden 38 x 15 MB and of dweight 2 x 0.54 GB read and written. Expected 6-7 ms in 32 MB + 15 MB.
+// float32 sums of dhidden 38 x 15 MB and of dweight 2 x 0.54 GB read and written. Targets are sorted by row in one
+// launch, 4 us (sort.cu). Expected 6-7 ms in 32 MB + 15 MB.
 // PyTorch's backward of log-softmax alone moves 2.5 + 2.5 + 2.5 GB (2.2 ms) beside two products, and holds 6.2 GB with
 // the forward pass.
 #include "cuda/head.h"
+#include "cuda/sort.h"
 
 namespace kg::cuda {
 
@@ -21,38 +23,18 @@ struct Backward {
   const T *hidden, *weight;
   const int32_t *targetRow, *targetId;
   int64_t targets, rows, width, vocabulary;
-  C* logits;       // of a block; turned into dlogits in place, rows of T with the row stride of C
-  int32_t* keys;   // [targets] rows, ascending
-  int32_t* order;  // [targets] targets by row; those of one row ascending
-  int32_t* start;  // [rows + 1] of a row's targets in order
-  C* total;        // [rows] sum of g over a row's targets
+  C* logits;          // of a block; turned into dlogits in place, rows of T with the row stride of C
+  SortedKeys sorted;  // [targets] rows, and which targets they are of
+  int32_t* start;     // [rows + 1] of a row's targets among them
+  C* total;           // [rows] sum of g over a row's targets
   FaultSink faults;
 };
 
 // ---- targets by row
 // ---------------------------------------------------------------------------------------------------
 
-// A warp a target: its place in a stable sort by row is the number of targets before it. N^2 comparisons; at N = 8192
-// about 10 us, and no order of atomics to depend on.
-template <class T>
-KG_GLOBAL void KG_LAUNCH_BOUNDS(kHeadThreads) sortTargets(Backward<T> p) {
-  const int64_t n = (static_cast<int64_t>(blockIdx.x) * kHeadThreads + threadIdx.x) / kWarp;
-  if (n >= p.targets) return;
-  const int32_t row = p.targetRow[n];
-  int32_t before = 0;
-  for (int64_t m = laneId(); m < p.targets; m += kWarp) {
-    const int32_t other = p.targetRow[m];
-    before += other < row || (other == row && m < n) ? 1 : 0;
-  }
-  before = warpSum(before);
-  if (laneId() != 0) return;
-  p.keys[before] = row;
-  p.order[before] = static_cast<int32_t>(n);
-  if (row < 0 || row >= p.rows) reportFault(p.faults, FaultKind::RowOutOfRange, row, n, p.rows);
-}
-
 // The first place of keys[count] that is not below row.
-KG_DEVICE int32_t lowerBound(const int32_t* keys, int64_t count, int64_t row) {
+KG_DEVICE int32_t lowerBound(const uint32_t* keys, int64_t count, int64_t row) {
   int64_t low = 0, high = count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
@@ -70,12 +52,12 @@ template <class T>
 KG_GLOBAL void KG_LAUNCH_BOUNDS(kHeadThreads) sumTargets(Backward<T> p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kHeadThreads + threadIdx.x;
   if (row > p.rows) return;
-  const int32_t first = lowerBound(p.keys, p.targets, row);
+  const int32_t first = lowerBound(p.sorted.keys, p.targets, row);
   p.start[row] = first;
   if (row == p.rows) return;
   compute_t<T> total = 0;
-  for (int32_t t = first; t < p.targets && p.keys[t] == row; t++) {
-    const int32_t n = p.order[t], id = p.targetId[n];
+  for (int32_t t = first; t < p.targets && p.sorted.keys[t] == row; t++) {
+    const int32_t n = p.sorted.order[t], id = p.targetId[n];
     const bool fault = id < 0 || id >= p.vocabulary;
     if (fault) reportFault(p.faults, FaultKind::IdOutOfRange, id, n, p.vocabulary);
     total += fault ? compute_t<T>(NAN) : p.g[n];
@@ -112,7 +94,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kHeadThreads) dlogitsKernel(Backward<T> p, Logit
   l.read(logits, block.columns);
   l.forEach(block.columns, [&](C& v, int) { v = first == last ? C(0) : -total * std::exp(v - lse); });
   for (int32_t t = first; t < last; t++) {
-    const int32_t n = p.order[t], id = p.targetId[n];
+    const int32_t n = p.sorted.order[t], id = p.targetId[n];
     const int column = id - block.firstColumn;
     if (!block.hasColumn(id) || !ChunkRow<C>::owns(column)) continue;
     l.forEach(block.columns, [&](C& v, int at) { v += at == column ? p.g[n] : C(0); });
@@ -154,13 +136,11 @@ Sums<compute_t<T>> prepare(const Call& call, Backward<T>& p, int64_t blockRows) 
   const size_t logits = workspace.reserve<C>(blockRows * kChunk);
   const size_t dhidden = workspace.reserve<C>(kNarrow && wantHidden ? p.rows * p.width : 0);
   const size_t chunk = workspace.reserve<C>(roundWeight ? kChunk * p.width : 0);
-  const size_t keys = workspace.reserve<int32_t>(p.targets), order = workspace.reserve<int32_t>(p.targets);
+  const KeySort sort(workspace, p.targets, p.rows);
   const size_t start = workspace.reserve<int32_t>(p.rows + 1), total = workspace.reserve<C>(p.rows);
   const size_t lse = workspace.reserve<C>(gathered), hidden = workspace.reserve<T>(gathered * p.width);
   workspace.allocate(call);
   p.logits = workspace.get<C>(logits);
-  p.keys = workspace.get<int32_t>(keys);
-  p.order = workspace.get<int32_t>(order);
   p.start = workspace.get<int32_t>(start);
   p.total = workspace.get<C>(total);
   if (gathered > 0) {
@@ -171,6 +151,7 @@ Sums<compute_t<T>> prepare(const Call& call, Backward<T>& p, int64_t blockRows) 
     p.hidden = hiddenRows;
     p.lse = lseRows;
   }
+  p.sorted = sort.run(call, workspace, p.targetRow, FaultKind::RowOutOfRange);
   return {!wantHidden ? nullptr
           : kNarrow   ? workspace.get<C>(dhidden)
                       : call[0].ptr<C>(),
@@ -234,7 +215,6 @@ void vocabHeadBackward(const Call& call) {
   const int64_t blockRows = rowsPerBlock<C>(p.rows);
   const Sums<C> sums = prepare(call, p, blockRows);
 
-  launch(call, {gridOf(ceilDiv(p.targets * kWarp, kHeadThreads)), kHeadThreads}, sortTargets<T>, p);
   launch(call, {gridOf(ceilDiv(p.rows + 1, kHeadThreads)), kHeadThreads}, sumTargets<T>, p);
   forBlocks(p.rows, blockRows, p.vocabulary, [&](const LogitsBlock& block) {
     computeLogits(call, p.logits, p.hidden, p.weight, block, p.width);

@@ -147,6 +147,7 @@ int main() {
     forwardAndBackward<kg::bf16>(c, s);
   }
   forwardAndBackward<kg::bf16>(c, {4200, 8, 300, 900, 1});  // more rows than a block of logits holds
+  forwardAndBackward<float>(c, {600, 4, 20, 9000, 0});      // more targets than one block sorts
   faults(c);
   return c.finish();
 }
