@@ -108,13 +108,9 @@ describe.each(shapes)('$name', ({ rows: [prompt, responses, alone], width, outs,
       const inputs = [f64(rows, width), ...outs.map((out) => f64(streams.rows, out)), f64(rows, low), f64(rows, low)];
       const cotangents = weights.map((w) => mul(f64(streams.sequences.length), w));
       // A group that nobody asks for has no cotangent at all.
-      const wanted = weights.map((w, i) => (w ? i : -1)).filter((i) => i >= 0);
+      const pick = (all: readonly Tensor[]): Tensor[] => all.filter((_, i) => weights[i]);
       const derivative = (f: (t: readonly Tensor[]) => Tensor[]): { values: number[][]; gradients: number[][] } => {
-        const [outputs, gradients] = vjp(
-          (...t: Tensor[]) => wanted.map((i) => f(t)[i]),
-          inputs,
-          wanted.map((i) => cotangents[i]),
-        );
+        const [outputs, gradients] = vjp((...t: Tensor[]) => pick(f(t)), inputs, pick(cotangents));
         return { values: outputs.map((t) => [...t.dataSync()]), gradients: gradients.map((t) => [...t.dataSync()]) };
       };
       const expected = derivative((t) => writtenByGroup(t, streams));
