@@ -5,6 +5,7 @@ import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { sameShape } from '../tensor/shape.js';
 import { Tensor } from '../tensor/tensor.js';
+import { attentionByBlocks } from './attention-blocks.js';
 import { attentionBackward, rmsNormBackward, swigluBackward } from './backward.js';
 import { add, mul, neg, rsqrt, silu, square, sub, where } from './elementwise.js';
 import { fused } from './fused.js';
@@ -222,7 +223,8 @@ export function attentionDefinition(q: Tensor, k: Tensor, v: Tensor, layout: Seg
 
 /**
  * Causal grouped-query attention over packed segments: q `[T, Hq, D]`, k and v `[T, Hk, D]`, Hq a multiple of Hk. Rows of
- * a segment see its parent's rows and their own up to themselves. Memory is linear in T. D is at most 256.
+ * a segment see its parent's rows and their own up to themselves. Memory is linear in T.
+ * Beyond a D of 256, which the kernels take, primitive ops do the work: slower, and without a rule for gradients by sequence.
  *
  * @param scale of the scores; 1/sqrt(D) by default
  */
@@ -248,10 +250,7 @@ export function groupedQueryAttention(
     throw new RangeError(
       `[groupedQueryAttention] expected q [T, Hq, D] and k, v [T, Hk, D] of one dtype with T = ${layout.total} and Hq a multiple of Hk, found ${q.describe()}, ${k.describe()}, ${v.describe()}`,
     );
-  if (q.shape[2] > mostHeadDimension)
-    throw new RangeError(
-      `[groupedQueryAttention] expected a head dimension of ${mostHeadDimension} at most, found ${q.describe()}; try attention from primitive ops`,
-    );
+  if (q.shape[2] > mostHeadDimension) return attentionByBlocks(q, k, v, layout, scale);
   const rowMajor = (t: Tensor): Tensor => (t.strides[2] === 1 ? t.detach() : bare(t));
   const { segments } = layout.on(q.device);
   return fused({

@@ -328,12 +328,6 @@ const transformerErrors: ErrorCase[] = [
     (t) => attend(t, [3, 3, 4], [3, 2, 4], [3, 2, 4]),
     attention,
   ),
-  refuse(
-    'groupedQueryAttention',
-    'a head dimension beyond 256',
-    (t) => attend(t, [3, 1, 257], [3, 1, 257], [3, 1, 257]),
-    /\[groupedQueryAttention\] expected a head dimension of 256 at most, found f32\[3,1,257\]/,
-  ),
   refuse('groupedQueryAttention', 'values unlike keys', (t) => attend(t, [3, 2, 4], [3, 2, 4], [3, 1, 4]), attention),
   refuse(
     'groupedQueryAttention',

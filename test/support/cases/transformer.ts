@@ -196,6 +196,9 @@ const attentionCases = (): OpCase[] => {
       heads: [1, 1],
       width: 4,
     }),
+    // Beyond the kernels' head dimensions: several blocks of rows, too.
+    attentionCase({ parts: shared(2, 2, 1), heads: [2, 1], width: 258 }, large),
+    attentionCase({ parts: shared(130, 140, 3), heads: [2, 1], width: 300, layout: 'sliced' }, large),
     attentionCase({ parts: shared(17, 33, 5), heads: [3, 1], width: 64 }, large),
     attentionCase({ parts: shared(5, 70, 66), heads: [4, 2], width: 128, layout: 'sliced' }, large),
     attentionCase({ parts: shared(150, 131, 20), heads: [2, 1], width: 16 }, large),
