@@ -205,7 +205,7 @@ class GemmDriver {
     const int64_t vectors = ceilDiv(columns, Shape::lanes);
     const bool full = columns == vectors * Shape::lanes;
     alignas(64) Acc buffer[Shape::rows * Shape::columns];
-    GemmTile<Acc> tile{alpha_, false, !first, nullptr, g_.cRow, nullptr, buffer};
+    GemmTile<Acc> tile{alpha_, false, !first, nullptr, g_.cRow, nullptr, buffer, {}};
     for (int64_t i = 0; i < block.rows; i += width) {
       const int64_t rows = minOf(width, block.rows - i);
       Acc* partial = block.partial ? block.partial + i * block.partialRow + column - block.column : nullptr;
@@ -224,6 +224,8 @@ class GemmDriver {
       } else {
         tile.direct = false;
       }
+      tile.lines.count = 0;
+      if (tile.direct) tile.lines.add(tile.c, rows, columns, tile.cRow);
       gemmKernels<P>.get(rows, vectors)(depth, a + i * depth, b, bRow, tile);
       if (!tile.direct) finish(buffer, rows, columns, block.row + i, column, first, partial, block.partialRow);
     }
