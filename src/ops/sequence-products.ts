@@ -28,15 +28,15 @@ const squares = (lengths: readonly number[]): number => lengths.reduce((n, t) =>
 const total = (lengths: readonly number[]): number => lengths.reduce((n, t) => n + t, 0);
 
 /**
- * Whether to form each sequence's gradient, in multiply-adds: `first` and `second` accumulated gradients come from it for a
- * pass over memory, else they are products of their own; squares else come from the rows' inner products.
+ * Whether to form each sequence's gradient, in multiply-adds: `first` and `second` accumulated gradients then are read and
+ * written once for each, else they are products of their own; squares else come from the rows' inner products.
  */
 export function formsGradients(
   shape: FactorShape,
   wanted: { squares: boolean; first: boolean; secondRows: number },
 ): boolean {
   const weight = shape.in * shape.out;
-  const passes = 2 + (wanted.first ? 2 : 0) + (wanted.secondRows > 0 ? 2 : 0);
+  const passes = (wanted.first ? 2 : 0) + (wanted.secondRows > 0 ? 2 : 0);
   const formed = weight * (total(shape.lengths) + MOVE * passes * shape.lengths.length);
   const products = weight * ((wanted.first ? shape.primalRows : 0) + wanted.secondRows);
   const inner = wanted.squares ? squares(shape.lengths) * (shape.in + shape.out) : 0;
@@ -111,7 +111,7 @@ function gramOf(a: Tensor, b: Tensor = a): Tensor {
 }
 
 /** aᵀ b `[out, in]` of rows a `[T, out]` and b `[T, in]`, in the accumulation dtype, into `out`. */
-export function gradientInto(out: Tensor, a: Tensor, b: Tensor): void {
+function gradientInto(out: Tensor, a: Tensor, b: Tensor): void {
   if (a.shape[0] > 0) matmulInto(out, transpose(a), b);
   else fill(out, 0);
 }
