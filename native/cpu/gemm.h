@@ -8,6 +8,15 @@
 
 namespace kg::cpu {
 
+// What a finished product goes into besides C. Matrices are [M, N], contiguous, of the type of C.
+struct GemmShares {
+  double* sums;       // [2] += (sum of C^2, sum of C * other), in an order that M and N alone decide; or null
+  const void* other;  // or null: a product of 0
+  void* first;        // += coefficients[0] * C; or null
+  void* second;       // += coefficients[1] * C; or null
+  const void* coefficients;
+};
+
 // C[i,j] = alpha * sum_k A(i,k) B(k,j) (+ bias[j]) (+ C[i,j]). Strides are in elements and may be anything, 0 and
 // negative included; C has unit column stride and overlaps no input. M = 0 or N = 0 does nothing; K = 0 sums to zero.
 struct Gemm {
@@ -26,6 +35,9 @@ struct Gemm {
   // B(k,j) = A(j,k), M = N, no bias, and C is symmetric where it is read: half of C may be a copy of the other. Not for
   // a C narrower than the sums.
   bool symmetric = false;
+  // Neither bias nor `accumulate` beside it; C is of the type of the accumulators (F32 for BF16), contiguous, or null
+  // where only the shares are wanted.
+  const GemmShares* shares = nullptr;
 };
 
 namespace KG_ISA {

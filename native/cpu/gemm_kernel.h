@@ -67,6 +67,22 @@ struct GemmBf16Dot {
 };
 #endif
 
+// Memory that will be asked for once a tile is summed: to be brought into the cache meanwhile, a little at a time,
+// since all at once holds up the loads of the sums.
+struct GemmLines {
+  static constexpr int kMost = 4 * 2 * KG_GEMM_ROWS;  // four matrices
+  const void* at[kMost];
+  int count = 0;
+
+  template <class T>
+  KG_INLINE void add(const T* p, int64_t rows, int64_t columns, int64_t row) {
+    for (int64_t i = 0; i < rows; i++, p += row) {
+      at[count++] = p;
+      at[count++] = p + columns - 1;
+    }
+  }
+};
+
 // Where a tile goes. `direct`: a full tile of C in the type of the accumulators, to be written in place; otherwise the
 // scaled sums are left in `buffer` (rows of tileColumns) for the caller.
 template <class Acc>
@@ -77,6 +93,7 @@ struct GemmTile {
   int64_t cRow;
   const Acc* bias;  // of the tile's columns, or null
   Acc* buffer;
+  GemmLines lines;
 };
 
 template <class P>
@@ -119,24 +136,25 @@ void gemmKernel(int64_t depth, const typename P::Packed* a, const typename P::Pa
   using V = typename P::V;
   constexpr int lanes = GemmShape<P>::lanes;
   V acc[Rows][Vectors] = {};
-  if (tile.direct) {
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; i++) {
-      __builtin_prefetch(tile.c + i * tile.cRow, 1);
-      __builtin_prefetch(tile.c + i * tile.cRow + lanes * Vectors - 1, 1);
-    }
-  }
-  for (int64_t k = 0; k < depth; k++) {
-    V bv[Vectors];
+  constexpr int64_t step = 4;
+  // All lines by three quarters of the way.
+  const int64_t atOnce = tile.lines.count * step * 4 / (3 * depth + 1) + 1;
+  const void* const* line = tile.lines.at;
+  const void* const* const lastLine = line + tile.lines.count;
+  for (int64_t k = 0; k < depth; k += step) {
+    for (int64_t n = 0; n < atOnce && line < lastLine; n++) __builtin_prefetch(*line++, 1);
+    for (int64_t left = depth - k < step ? depth - k : step; left > 0; left--) {
+      V bv[Vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < Vectors; j++) bv[j] = gemmLoad<V>(b + j * lanes);
+      for (int j = 0; j < Vectors; j++) bv[j] = gemmLoad<V>(b + j * lanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; i++) {
+      for (int i = 0; i < Rows; i++) {
 #pragma GCC unroll 4
-      for (int j = 0; j < Vectors; j++) acc[i][j] = P::madd(a[i], bv[j], acc[i][j]);
+        for (int j = 0; j < Vectors; j++) acc[i][j] = P::madd(a[i], bv[j], acc[i][j]);
+      }
+      a += Rows;
+      b += bRow;
     }
-    a += Rows;
-    b += bRow;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; i++) {

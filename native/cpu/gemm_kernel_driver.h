@@ -5,6 +5,7 @@
 #include "cpu/gemm.h"
 #include "cpu/gemm_kernel_memory.h"
 #include "cpu/gemm_kernel_pack.h"
+#include "cpu/gemm_kernel_shares.h"
 #include "runtime/threads.h"
 
 namespace kg::cpu::KG_ISA {
@@ -58,9 +59,16 @@ class GemmDriver {
     const int64_t rows = kGemmBlockBytes / (blockK_ / P::kPair * static_cast<int64_t>(sizeof(Packed)));
     maxRows_ = maxOf(1, minOf(rows, 256) / Shape::rows) * Shape::rows;
     panels_ = ceilDiv(g_.N, Shape::columns);
+    if (g_.shares) prepareShares();
   }
 
   void run() const {
+    product();
+    if (tileSums_) addSums();
+  }
+
+ private:
+  void product() const {
     if (g_.M * g_.N * maxOf(1, g_.K) < kGemmSerialWork) return strips(0, panels_);
     const int threads = threadCount();
     if (g_.M <= Shape::rows || (g_.M <= 2 * Shape::rows && panels_ >= 2 * threads)) {
@@ -74,7 +82,6 @@ class GemmDriver {
     }
   }
 
- private:
   // A part of C under work: rows [row, row + rows), k in [k, k + depth).
   struct Block {
     int64_t row, rows, k, depth;
@@ -87,7 +94,8 @@ class GemmDriver {
   int64_t panelColumns(int64_t panel) const { return minOf(Shape::columns, g_.N - panel * Shape::columns); }
   bool severalBlocks() const { return g_.K > blockK_; }
 
-  static int64_t panelWidth(int64_t rows) { return ceilDiv(rows, ceilDiv(rows, Shape::rows)); }
+  static int64_t evenWidth(int64_t rows) { return ceilDiv(rows, ceilDiv(rows, Shape::rows)); }
+  int64_t panelWidth(int64_t rows) const { return tileRows_ > 0 ? tileRows_ : evenWidth(rows); }
 
   // Whether the first `rows` rows of a block lie above the diagonal in all columns of a panel, and are left out.
   static bool above(const Block& block, int64_t rows, int64_t panel) {
@@ -160,7 +168,8 @@ class GemmDriver {
     // multiple of it.
     const int64_t mostSpans = ceilDiv(panels, 8), mostBands = ceilDiv(g_.M, 2 * Shape::rows);
     const int64_t wantBands = maxOf(ceilDiv(g_.M, maxRows_), minOf(ceilDiv(enough, mostSpans), mostBands));
-    const int64_t rows = ceilDiv(g_.M, minOf(roundUp(wantBands, minOf(threads, enough)), maxOf(wantBands, mostBands)));
+    int64_t rows = ceilDiv(g_.M, minOf(roundUp(wantBands, minOf(threads, enough)), maxOf(wantBands, mostBands)));
+    if (tileRows_ > 0) rows = roundUp(rows, tileRows_);
     const int64_t bands = ceilDiv(g_.M, rows);
     const int64_t leastSpans = narrow && severalBlocks() ? ceilDiv(panels, kNarrowPanels) : 1;
     const int64_t span = ceilDiv(panels, maxOf(leastSpans, minOf(ceilDiv(enough, bands), mostSpans)));
@@ -239,9 +248,9 @@ class GemmDriver {
     const int64_t width = panelWidth(block.rows), depth = units(block.depth);
     const bool first = block.k == 0, last = block.k + block.depth == g_.K;
     const int64_t vectors = ceilDiv(columns, Shape::lanes);
-    const bool full = columns == vectors * Shape::lanes;
+    const bool full = columns == vectors * Shape::lanes, shared = g_.shares && last;
     alignas(64) Acc buffer[Shape::rows * Shape::columns];
-    GemmTile<Acc> tile{alpha_, false, !first, nullptr, g_.cRow, nullptr, buffer};
+    GemmTile<Acc> tile{alpha_, false, !first, nullptr, g_.cRow, nullptr, buffer, {}};
     for (int64_t i = 0; i < block.rows; i += width) {
       const int64_t rows = minOf(width, block.rows - i);
       if (above(block, i + rows, panel)) continue;
@@ -251,19 +260,59 @@ class GemmDriver {
         tile.c = partial;
         tile.cRow = block.partialRow;
       } else if constexpr (!narrow) {
-        tile.direct = full;
-        tile.c = c_ + (block.row + i) * g_.cRow + column;
+        tile.direct = full && !shared;
+        if (c_) tile.c = c_ + (block.row + i) * g_.cRow + column;
         tile.accumulate = !first || g_.accumulate;
         if constexpr (std::is_same_v<In, Acc>)
           tile.bias = first && bias_ ? bias_ + column : nullptr;
         else
-          tile.direct = full && !(first && bias_);
+          tile.direct = tile.direct && !(first && bias_);
       } else {
         tile.direct = false;
       }
+      const GemmSharedTile<Acc, Shape::columns> share{buffer, rows, columns, (block.row + i) * g_.N + column, g_.N};
+      tile.lines.count = 0;
+      if (tile.direct) tile.lines.add(tile.c, rows, columns, tile.cRow);
+      if (shared) prefetch(share, tile.lines);
       gemmKernels<P>.get(rows, vectors)(depth, a + i * depth, b, bRow, tile);
-      if (!tile.direct) finish(buffer, rows, columns, block.row + i, column, first, partial, block.partialRow);
+      if (!tile.direct && c_) finish(buffer, rows, columns, block.row + i, column, first, partial, block.partialRow);
+      if (shared) shareOut(share, (block.row + i) / tileRows_ * panels_ + panel);
     }
+  }
+
+  // Tiles lie where M and N alone put them, and each has its own sums: neither bands nor threads matter. Between blocks
+  // of K sums rest in C, or in memory that stands for it.
+  void prepareShares() {
+    tileRows_ = evenWidth(g_.M);
+    if (g_.shares->sums) tileSums_ = workspace<double>(GemmSlot::sums, 2 * ceilDiv(g_.M, tileRows_) * panels_);
+    if constexpr (!narrow)
+      if (!c_ && severalBlocks()) c_ = workspace<Acc>(GemmSlot::rest, g_.M * g_.N);
+    g_.cRow = g_.N;
+  }
+
+  void prefetch(const GemmSharedTile<Acc, Shape::columns>& share, GemmLines& lines) const {
+    const void* const matrices[] = {g_.shares->first, g_.shares->second, g_.shares->other, c_};
+    for (const void* matrix : matrices)
+      if (matrix) lines.add(static_cast<const Acc*>(matrix) + share.at, share.rows, share.columns, share.row);
+  }
+
+  void shareOut(const GemmSharedTile<Acc, Shape::columns>& share, int64_t tile) const {
+    const GemmShares& to = *g_.shares;
+    const Acc* coefficients = static_cast<const Acc*>(to.coefficients);
+    if (tileSums_) share.sum(to.other, tileSums_ + 2 * tile);
+    if (to.first) share.addTo(to.first, coefficients[0]);
+    if (to.second) share.addTo(to.second, coefficients[1]);
+  }
+
+  void addSums() const {
+    double squares = 0, products = 0;
+    const int64_t tiles = ceilDiv(g_.M, tileRows_) * panels_;
+    for (int64_t i = 0; i < tiles; i++) {
+      squares += tileSums_[2 * i];
+      products += tileSums_[2 * i + 1];
+    }
+    g_.shares->sums[0] += squares;
+    g_.shares->sums[1] += products;
   }
 
   // Adds what is to be added to scaled sums, and writes them to C.
@@ -310,6 +359,8 @@ class GemmDriver {
   const In* bias_;
   Acc alpha_;
   int64_t blockK_, maxRows_, panels_;
+  int64_t tileRows_ = 0;        // of every tile but the last ones where there are shares; else 0
+  double* tileSums_ = nullptr;  // [tiles][2]
 };
 
 }  // namespace kg::cpu::KG_ISA

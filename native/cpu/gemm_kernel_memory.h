@@ -14,7 +14,7 @@
 namespace kg::cpu::KG_ISA {
 namespace {
 
-enum class GemmSlot { a, panel, shared, partial, wide, count };
+enum class GemmSlot { a, panel, shared, partial, wide, rest, sums, count };
 
 class GemmArena {
  public:

@@ -190,7 +190,12 @@ KG_INLINE void Vec<float>::store(bf16* p) const {
 KG_INLINE Vec<double> loadWide(const float* p) {
   VecHalfF32 h;
   memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  // gcc 12 converts quarters otherwise.
+  return reinterpret_cast<VecF64>(_mm512_cvtps_pd(reinterpret_cast<__m256>(h)));
+#else
   return __builtin_convertvector(h, VecF64);
+#endif
 }
 KG_INLINE void storeNarrow(Vec<double> x, float* p) {
   const VecHalfF32 h = __builtin_convertvector(x.v, VecHalfF32);

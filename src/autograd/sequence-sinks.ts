@@ -20,7 +20,7 @@ import {
 } from '../ops/movement.js';
 import { type LinearContribution, matmulInto, type VectorContribution } from '../ops/product.js';
 import { sum } from '../ops/reduce.js';
-import { formsGradients, gradientInto, innerByRows, SequenceFactors, squaresByRows } from '../ops/sequence-products.js';
+import { formsGradients, innerByRows, SequenceFactors, squaresByRows } from '../ops/sequence-products.js';
 import { InputSquares } from '../ops/sequence-squares.js';
 import type { SequenceStreams, Span } from '../ops/streams.js';
 import { accumulationDType } from '../tensor/dtype.js';
@@ -256,31 +256,31 @@ export class SequenceSink implements GradientSink {
     if (options.squares && value) pass.addLinearSquares(contribution, group, value);
   }
 
-  /** Forms each sequence's gradient; its squares `[S]` without the scale. */
-  private throughGradients(x: Tensor, g: Tensor, scale: number): Tensor {
-    const { factors } = this.pass;
-    const { given } = this;
+  /** Forms each sequence's gradient; its squares `[S]` without the scale, where they are wanted. */
+  private throughGradients(x: Tensor, g: Tensor, scale: number): Tensor | null {
+    const { factors, options, streams } = this.pass;
+    const { bySequence } = this.given;
     const { first, second } = this.parameter;
     const wide = accumulationDType(x.dtype);
     const rows = factors.rowsOf(x);
-    const fresh = (): Tensor => emptyLike(x, [g.shape[1], x.shape[1]], wide);
-    const { inner } = this.pass.options;
-    const gradients = inner ? [fresh(), fresh()] : [fresh()];
-    const sums = zeros([factors.spans.length, 2], { dtype: 'float64', device: x.device });
-    const coefficients = scale === 1 ? given.bySequence : mul(given.bySequence, scale);
-    for (const { sequences } of this.pass.streams.headGroups)
+    const count = factors.spans.length;
+    const sums = options.squares ? zeros([count, 2], { dtype: 'float64', device: x.device }) : null;
+    const coefficients = scale === 1 ? bySequence : mul(bySequence, scale);
+    // The gradient of a pair's first sequence, for its product with the second's.
+    const kept = options.inner ? emptyLike(x, [g.shape[1], x.shape[1]], wide) : null;
+    for (const { sequences } of streams.headGroups)
       for (const [i, s] of sequences.entries()) {
         const { start, length } = factors.spans[s];
-        const gradient = gradients[inner ? i : 0];
-        gradientInto(gradient, rowsOf(g, start, length), rowsOf(rows, start, length));
         const pair = (t: Tensor): Tensor => reshape(rowsOf(t, s, 1), [2]);
-        const into = s < this.pass.options.secondCount ? second : null;
-        const other = inner && i === 1 ? gradients[0] : null;
-        launch('shareGradient', [pair(sums), first, into, gradient, other, pair(coefficients)]);
+        const into = s < options.secondCount ? second : null;
+        const [tile, other] = i === 0 ? [kept, null] : [null, kept];
+        const parts = [g, rows].map((t) => rowsOf(t, start, length));
+        launch('sequenceGradient', [sums && pair(sums), first, into, tile, ...parts, other, pair(coefficients)]);
       }
-    if (inner) this.addInnerSums(sums, scale);
     for (const t of [first, second]) if (t) t.storage.version++;
-    return cast(contiguous(sums.view([factors.spans.length], [2])), wide);
+    if (!sums) return null;
+    if (options.inner) this.addInnerSums(sums, scale);
+    return cast(contiguous(sums.view([count], [2])), wide);
   }
 
   /** The second sums of the second sequences of pairs. */

@@ -1,12 +1,13 @@
 // Products of one sequence's factors: of a weight's gradient G_iᵀ X_i for every sequence i, its square, without or with the
-// gradient itself. What follows from them for X and G is sequence-squares.ts's business. <G_iᵀ X_i, G_iᵀ X_i> = <X_i X_iᵀ, G_i G_iᵀ>: whichever costs less.
+// gradient itself. <G_iᵀ X_i, G_iᵀ X_i> = <X_i X_iᵀ, G_i G_iᵀ>: whichever costs less. What follows for X and G is
+// sequence-squares.ts's business.
 import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { detachFromScope, scope } from '../tensor/scope.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { rowsOf, spread } from './backward.js';
 import { mul } from './elementwise.js';
-import { contiguous, emptyLike, fill, stack, transpose } from './movement.js';
+import { contiguous, emptyLike, stack, transpose } from './movement.js';
 import { matmulInto } from './product.js';
 import { sum } from './reduce.js';
 import type { SequenceStreams, Span } from './streams.js';
@@ -27,15 +28,15 @@ const squares = (lengths: readonly number[]): number => lengths.reduce((n, t) =>
 const total = (lengths: readonly number[]): number => lengths.reduce((n, t) => n + t, 0);
 
 /**
- * Whether to form each sequence's gradient, in multiply-adds: `first` and `second` accumulated gradients come from it for a
- * pass over memory, else they are products of their own; squares else come from the rows' inner products.
+ * Whether to form each sequence's gradient, in multiply-adds: `first` and `second` accumulated gradients then are read and
+ * written once for each, else they are products of their own; squares else come from the rows' inner products.
  */
 export function formsGradients(
   shape: FactorShape,
   wanted: { squares: boolean; first: boolean; secondRows: number },
 ): boolean {
   const weight = shape.in * shape.out;
-  const passes = 2 + (wanted.first ? 2 : 0) + (wanted.secondRows > 0 ? 2 : 0);
+  const passes = (wanted.first ? 2 : 0) + (wanted.secondRows > 0 ? 2 : 0);
   const formed = weight * (total(shape.lengths) + MOVE * passes * shape.lengths.length);
   const products = weight * ((wanted.first ? shape.primalRows : 0) + wanted.secondRows);
   const inner = wanted.squares ? squares(shape.lengths) * (shape.in + shape.out) : 0;
@@ -103,12 +104,6 @@ export function gramOf(a: Tensor, b: Tensor = a): Tensor {
   const out = emptyLike(a, [a.shape[0], b.shape[0]], accumulationDType(a.dtype));
   if (out.size > 0) matmulInto(out, a, transpose(b));
   return out;
-}
-
-/** aᵀ b `[out, in]` of rows a `[T, out]` and b `[T, in]`, in the accumulation dtype, into `out`. */
-export function gradientInto(out: Tensor, a: Tensor, b: Tensor): void {
-  if (a.shape[0] > 0) matmulInto(out, transpose(a), b);
-  else fill(out, 0);
 }
 
 /** |G_iᵀ X_i|² of each sequence from inner products: `[S]` in the accumulation dtype. */

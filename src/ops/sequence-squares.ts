@@ -22,7 +22,7 @@ import {
 } from './movement.js';
 import { type LinearContribution, matmul, matmulInto } from './product.js';
 import { sum } from './reduce.js';
-import { gradientInto, gramOf, rowIndices, type SequenceFactors } from './sequence-products.js';
+import { gramOf, rowIndices, type SequenceFactors } from './sequence-products.js';
 import type { Span } from './streams.js';
 
 /** A linear's gradient: scale · G_iᵀ X_i, its squares summed with those of its group. */
@@ -285,7 +285,7 @@ class Derivative {
       for (const use of usesOf(part)) {
         const [g, rows] = [pieceOf(part.g, span), pieceOf(use.rows, span)];
         const gradient = emptyLike(rows, [g.shape[1], rows.shape[1]]);
-        gradientInto(gradient, cast(mul(g, weightOf(use, s)), g.dtype), rows);
+        matmulInto(gradient, transpose(cast(mul(g, weightOf(use, s)), g.dtype)), rows);
         this.put(part.forG, span, rows, transpose(gradient));
         this.put(use.into, span, g, gradient);
       }

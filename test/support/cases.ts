@@ -10,6 +10,7 @@ import { productCases } from './cases/product.js';
 import { randomCases } from './cases/random.js';
 import { reduceCases } from './cases/reduce.js';
 import { softmaxCases } from './cases/rows.js';
+import { sequenceGradientCases } from './cases/sequence-gradient.js';
 import { tangentCases } from './cases/tangents.js';
 import { transformerCases } from './cases/transformer.js';
 import type { OpCase } from './op-case.js';
@@ -25,6 +26,7 @@ export const families: Readonly<Record<string, () => OpCase[]>> = {
   random: randomCases,
   optimizer: optimizerCases,
   kernels: kernelCases,
+  sequenceGradient: sequenceGradientCases,
   tangents: tangentCases,
 };
 

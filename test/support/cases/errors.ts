@@ -1,6 +1,7 @@
 // What each op refuses, and how it says so. Every message names the op, what was expected and what was found. `later`: the
 // arithmetic finds it, and the next read of the result reports it.
 
+import { launch } from '../../../src/native/launch.js';
 import * as elementwise from '../../../src/ops/elementwise.js';
 import { vocabHead } from '../../../src/ops/head.js';
 import * as lora from '../../../src/ops/lora.js';
@@ -202,6 +203,30 @@ const movementErrors: ErrorCase[] = [
     (t) => movement.scatterLast(t([1]), t.ids(5), 4),
     /\[scatterLast\].*5/,
   ),
+  refuseLater(
+    'sequenceGradient',
+    'rows of two lengths',
+    (t) => gradientOf(t([3, 2]), t([4, 5]), t([2, 5]), t([2])),
+    /\[sequenceGradient\] expected rows g \[T, O\] and x \[T, I\].*\[3, 2\], float32 \[4, 5\]/,
+  ),
+  refuseLater(
+    'sequenceGradient',
+    'a matrix of another shape',
+    (t) => gradientOf(t([3, 2]), t([3, 5]), t([2, 4]), t([2])),
+    /\[sequenceGradient\] expected contiguous float32 of 10 numbers, found float32 of 8/,
+  ),
+  refuseLater(
+    'sequenceGradient',
+    'a matrix of another dtype',
+    (t) => gradientOf(t([3, 2]), t([3, 5]), t([2, 5], 'float64'), t([2])),
+    /\[sequenceGradient\] expected contiguous float32 of 10 numbers, found float64 of 10/,
+  ),
+  refuseLater(
+    'sequenceGradient',
+    'no coefficients',
+    (t) => gradientOf(t([3, 2]), t([3, 5]), t([2, 5]), null),
+    /\[sequenceGradient\] expected coefficients/,
+  ),
   refuseLater('argmax', 'nothing to choose from', (t) => movement.argmax(t([2, 0])), /\[argmax\] expected/),
   refuse('argmax', 'no axis', (t) => movement.argmax(t([])), /\[argmax\] expected at least one axis/),
   refuseLater('arange', 'bool', () => arange(3, { dtype: 'bool' }), /\[arange\] expected float32, float64 or int32/),
@@ -393,6 +418,12 @@ const headErrors: ErrorCase[] = [
     /\[vocabHead\].*2/,
   ),
 ];
+
+/** `first` after the gradient of rows g and x was added to it. */
+function gradientOf(g: Tensor, x: Tensor, first: Tensor, coefficients: Tensor | null): Tensor {
+  launch('sequenceGradient', [null, first, null, null, g, x, null, coefficients]);
+  return first;
+}
 
 export const errorCases: readonly ErrorCase[] = [
   ...elementwiseErrors,

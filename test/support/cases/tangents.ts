@@ -43,12 +43,6 @@ type Outputs = (...x: Tensor[]) => Tensor[];
 const wide = (x: Tensor, shape: readonly number[]): Tensor => fill(emptyLike(x, shape, accumulationDType(x.dtype)), 0);
 const toHost = (t: Tensor): Host => host(t.shape, t.dataSync());
 const inWide = (at: Place, x: Host): Host => host(x.shape, x.values, accumulationDType(at.dtype));
-const sumHosts = (a: Host, scale = 1, b?: Host): Host =>
-  host(
-    a.shape,
-    a.values.map((v, i) => scale * v + (b?.values[i] ?? 0)),
-  );
-
 /** Outputs of f, and cotangents of its inputs from those of its outputs, in float64. */
 function evaluated(f: Outputs, inputs: readonly Host[], dots: readonly (Host | null)[]) {
   return scope(() => {
@@ -80,32 +74,6 @@ const rowsBy = (x: Tensor, map: Host): Tensor => {
 
 /** Rows 0, 0, ..., 1, 1, ...: the sequence of each row. */
 const sequencesOf = (lengths: readonly number[]): number[] => lengths.flatMap((n, s) => Array<number>(n).fill(s));
-
-function shareGradient(shape: number[]): OpCase {
-  return opCase({
-    ...base,
-    op: 'shareGradient',
-    inputs: [input(shape), input(shape), input(shape), input(shape), input([2])],
-    dtypes: ['float64', 'float32'],
-    run: (_, tile, other, first, second, coefficients) => {
-      const sums = fill(emptyLike(tile, [2], 'float64'), 1);
-      const [a, b] = [add(first, 0), add(second, 0)];
-      launch('shareGradient', [sums, a, b, tile, other, coefficients]);
-      const squares = fill(emptyLike(tile, [2], 'float64'), 0);
-      launch('shareGradient', [squares, null, null, tile, null, coefficients]);
-      return [sums, squares, a, b];
-    },
-    reference: (_, tile, other, first, second, coefficients) => {
-      const dot = (x: Host, y: Host): number => x.values.reduce((n, v, i) => n + v * y.values[i], 0);
-      return [
-        host([2], [1 + dot(tile, tile), 1 + dot(tile, other)], 'float64'),
-        host([2], [dot(tile, tile), 0], 'float64'),
-        sumHosts(tile, coefficients.values[0], first),
-        sumHosts(tile, coefficients.values[1], second),
-      ];
-    },
-  });
-}
 
 function rmsNormTangent(lengths: number[], primal: number, width: number): OpCase {
   const eps = 1e-5;
@@ -398,8 +366,6 @@ export const tangentCases = (): OpCase[] => [
   attentionTangent(pair(67, 5, 70), [2, 1], 64, true),
   attentionTangent(pair(150, 131, 20), [3, 3], 80),
   timed(attentionTangent(pair(128, 128, 128), [9, 3], 64)),
-  shareGradient([3, 5]),
-  shareGradient([70, 301]),
   rmsNormTangent([4, 3], 5, 5),
   rmsNormTangent([70, 60], 80, 131),
   rmsNormTangent([3, 2], 3, 8200),
@@ -439,7 +405,6 @@ export const tangentCases = (): OpCase[] => [
     width: 40,
     words: 2100,
   }),
-  timed(shareGradient([1536, 576])),
   timed(rmsNormTangent([256, 256], 384, 576)),
   timed(swigluTangent(512, 384, 1536)),
   timed(vocabHeadSequences(pairOfResponses)),
