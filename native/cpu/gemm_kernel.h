@@ -93,7 +93,7 @@ struct GemmTile {
   int64_t cRow;
   const Acc* bias;  // of the tile's columns, or null
   Acc* buffer;
-  GemmLines lines;
+  GemmLines lines;  // none and `direct`: C's, all at once
 };
 
 template <class P>
@@ -136,9 +136,16 @@ void gemmKernel(int64_t depth, const typename P::Packed* a, const typename P::Pa
   using V = typename P::V;
   constexpr int lanes = GemmShape<P>::lanes;
   V acc[Rows][Vectors] = {};
-  constexpr int64_t step = 4;
-  // All lines by three quarters of the way.
-  const int64_t atOnce = tile.lines.count * step * 4 / (3 * depth + 1) + 1;
+  if (tile.direct && tile.lines.count == 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; i++) {
+      __builtin_prefetch(tile.c + i * tile.cRow, 1);
+      __builtin_prefetch(tile.c + i * tile.cRow + lanes * Vectors - 1, 1);
+    }
+  }
+  const int64_t step = tile.lines.count > 0 ? 4 : depth;
+  // All lines by three quarters of the way; one loop where there are none.
+  const int64_t atOnce = tile.lines.count * 16 / (3 * depth + 1) + 1;
   const void* const* line = tile.lines.at;
   const void* const* const lastLine = line + tile.lines.count;
   for (int64_t k = 0; k < depth; k += step) {

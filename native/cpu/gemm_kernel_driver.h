@@ -11,6 +11,7 @@
 namespace kg::cpu::KG_ISA {
 
 constexpr int64_t kGemmBlockK = 384;            // packed elements of K accumulated in registers at a time
+constexpr int64_t kGemmSpreadK = 48;            // packed elements of K that listing the lines of C is worth
 constexpr int64_t kGemmBlockBytes = 220 << 10;  // of a packed block of A: stays in the second-level cache
 constexpr int64_t kGemmSharedBytes = 16 << 20;  // of a packed B shared by the threads
 constexpr int64_t kGemmMaxK = 8192;             // of one shared B; larger K takes several
@@ -272,7 +273,7 @@ class GemmDriver {
       }
       const GemmSharedTile<Acc, Shape::columns> share{buffer, rows, columns, (block.row + i) * g_.N + column, g_.N};
       tile.lines.count = 0;
-      if (tile.direct) tile.lines.add(tile.c, rows, columns, tile.cRow);
+      if (tile.direct && depth >= kGemmSpreadK) tile.lines.add(tile.c, rows, columns, tile.cRow);
       if (shared) prefetch(share, tile.lines);
       gemmKernels<P>.get(rows, vectors)(depth, a + i * depth, b, bRow, tile);
       if (!tile.direct && c_) finish(buffer, rows, columns, block.row + i, column, first, partial, block.partialRow);
