@@ -45,21 +45,25 @@ function attend(
   scale: number,
 ): Tensor {
   const wide = accumulationDType(q.dtype);
-  const [heads, width] = q.shape.slice(1);
-  const groups = k.shape[1];
-  const count = end - first;
   const seen = (t: Tensor): Tensor => {
     const own = slice(t, 0, start, start + end);
-    const all = parent?.length ? concat([slice(t, 0, parent.start, parent.start + parent.length), own]) : own;
-    return unsqueeze(permute(cast(all, wide), [1, 0, 2]), 1);
+    return cast(parent?.length ? concat([slice(t, 0, parent.start, parent.start + parent.length), own]) : own, wide);
   };
-  const rows = permute(cast(slice(q, 0, start + first, start + end), wide), [1, 0, 2]);
-  const queries = reshape(rows, [groups, heads / groups, count, width]);
-  const scores = mul(matmul(queries, transpose(seen(k))), scale);
+  const rows = cast(slice(q, 0, start + first, start + end), wide);
   const visible = visibleKeys(parent?.length ?? 0, first, end, q.device);
-  const never = full([1], Number.NEGATIVE_INFINITY, { dtype: wide, device: q.device });
-  const mixed = matmul(softmax(where(visible, scores, never)), seen(v));
-  return cast(permute(reshape(mixed, [heads, count, width]), [1, 0, 2]), q.dtype);
+  return cast(maskedAttention(rows, seen(k), seen(v), visible, scale), q.dtype);
+}
+
+/** Grouped-query attention of rows q `[R, Hq, D]` to keys and values `[N, Hk, D]` where bool `[R, N]` says so: R x N scores. */
+export function maskedAttention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: number): Tensor {
+  const [rows, heads, width] = q.shape;
+  const groups = k.shape[1];
+  const grouped = (t: Tensor): Tensor => unsqueeze(permute(t, [1, 0, 2]), 1);
+  const queries = reshape(permute(q, [1, 0, 2]), [groups, heads / groups, rows, width]);
+  const scores = mul(matmul(queries, transpose(grouped(k))), scale);
+  const masked = where(visible, scores, full([1], Number.NEGATIVE_INFINITY, { dtype: scores.dtype, device: q.device }));
+  const mixed = matmul(softmax(masked), grouped(v));
+  return permute(reshape(mixed, [heads, rows, width]), [1, 0, 2]);
 }
 
 /** bool `[end - first, above + end]`. */

@@ -5,27 +5,14 @@ import { launch } from '../native/launch.js';
 import { accumulationDType } from '../tensor/dtype.js';
 import { sameShape } from '../tensor/shape.js';
 import { Tensor } from '../tensor/tensor.js';
-import { attentionByBlocks } from './attention-blocks.js';
+import { attentionByBlocks, maskedAttention } from './attention-blocks.js';
 import { attentionBackward, rmsNormBackward, swigluBackward } from './backward.js';
-import { add, mul, neg, rsqrt, silu, square, sub, where } from './elementwise.js';
+import { add, mul, neg, rsqrt, silu, square, sub } from './elementwise.js';
 import { fused } from './fused.js';
-import {
-  cast,
-  concat,
-  contiguous,
-  emptyLike,
-  full,
-  gatherRows,
-  permute,
-  reshape,
-  slice,
-  transpose,
-  unsqueeze,
-} from './movement.js';
-import { asRows, matmul, VectorContribution } from './product.js';
+import { cast, concat, contiguous, emptyLike, gatherRows, reshape, slice, unsqueeze } from './movement.js';
+import { asRows, VectorContribution } from './product.js';
 import { mean } from './reduce.js';
 import type { SegmentLayout } from './segments.js';
-import { softmax } from './softmax.js';
 
 const statsLike = (x: Tensor, shape: readonly number[]): Tensor => emptyLike(x, shape, accumulationDType(x.dtype));
 
@@ -210,15 +197,9 @@ const mostHeadDimension = 256;
 
 /** Attention from primitive ops: dense scores with a mask. For tests and derivatives of higher order: O(T²) memory. */
 export function attentionDefinition(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, scale: number): Tensor {
-  const [rows, heads, width] = q.shape;
-  const groups = k.shape[1];
-  const grouped = (t: Tensor): Tensor => unsqueeze(permute(t, [1, 0, 2]), 1);
-  const queries = reshape(permute(q, [1, 0, 2]), [groups, heads / groups, rows, width]);
-  const scores = mul(matmul(queries, transpose(grouped(k))), scale);
+  const rows = layout.total;
   const visible = cast(Tensor.from(layout.visibility(), { shape: [rows, rows], device: q.device }), 'bool');
-  const masked = where(visible, scores, full([1], Number.NEGATIVE_INFINITY, { dtype: scores.dtype, device: q.device }));
-  const mixed = matmul(softmax(masked), grouped(v));
-  return permute(reshape(mixed, [heads, rows, width]), [1, 0, 2]);
+  return maskedAttention(q, k, v, visible, scale);
 }
 
 /**
