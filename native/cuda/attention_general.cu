@@ -73,7 +73,8 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) forwardGeneralKernel(Forward<T>
   const KeyRows keyOf = keyRows(p.segments, p.segments[chunk.segment]);
   const int firstRow = keyOf.ownStart + chunk.row, firstKey = keyOf.parentLength + chunk.row;
   const int end = firstKey + chunk.rows;
-  fillTile<Tile>(queries, p.q, head, D, chunk.rows, static_cast<C>(p.scale), [&](int r) { return firstRow + r; });
+  fillTile<Tile, Columns>(queries, p.q, head, D, chunk.rows, static_cast<C>(p.scale),
+                          [&](int r) { return firstRow + r; });
   RowState<C, Tile, Columns> state;
   state.sums.clear();
   KG_UNROLL for (int i = 0; i < Tile / kSide; i++) {
@@ -82,14 +83,14 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) forwardGeneralKernel(Forward<T>
   }
   for (int first = 0; first < end; first += Tile) {
     const auto keyRow = [&](int r) { return keyOf(first + r); };
-    fillTile<Tile>(keys, p.k, keyHead, D, end - first, C(1), keyRow);
+    fillTile<Tile, Columns>(keys, p.k, keyHead, D, end - first, C(1), keyRow);
     syncThreads();
     Square<C, Tile> s;
     product(s, queries, keys, D);
     softmaxTile(s, state, firstKey - first);
     share(s, square);
     syncThreads();
-    fillTile<Tile>(keys, p.v, keyHead, D, end - first, C(1), keyRow);
+    fillTile<Tile, Columns>(keys, p.v, keyHead, D, end - first, C(1), keyRow);
     syncThreads();
     accumulate(state.sums, square, keys, D);
     syncThreads();

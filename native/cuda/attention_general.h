@@ -1,5 +1,5 @@
 // Tiles in shared memory and their products on CUDA cores: what the attention kernels for any dtype and head dimension
-// are made of. Knows no segments, no softmax.
+// are made of. Knows no softmax.
 //
 // 256 threads stand as 16 x 16; thread (y, x) has rows y + 16 i and columns x + 16 j of a product. All threads of a row
 // are half a warp. A tile's rows are D | 1 elements apart: an odd number, so that 16 rows lie in different banks.
@@ -29,14 +29,17 @@ struct Sums {
   }
 };
 
-// tile[r][d] = factor * x(rowOf(r), head)[d] for r < valid; zeros where there is no row.
-template <int Tile, class T, class C, class RowOf>
+// tile[r][d] = factor * x(rowOf(r), head)[d] for r < valid; zeros where there is no row. A row's loads go out at once.
+template <int Tile, int Columns, class T, class C, class RowOf>
 KG_DEVICE void fillTile(C* tile, const HeadRows<const T>& x, int head, int D, int valid, C factor, const RowOf& rowOf) {
   const int stride = rowStride(D);
-  for (int r = warpId(); r < Tile; r += kGeneralThreads / kWarp) {
+  KG_UNROLL_BY(1) for (int r = warpId(); r < Tile; r += kGeneralThreads / kWarp) {
     const int64_t row = r < valid ? rowOf(r) : -1;
     const T* from = row < 0 ? nullptr : x.at(row, head);
-    for (int d = laneId(); d < D; d += kWarp) tile[r * stride + d] = from ? static_cast<C>(from[d]) * factor : C(0);
+    KG_UNROLL for (int c = 0; c < (kSide * Columns + kWarp - 1) / kWarp; c++) {
+      const int d = laneId() + kWarp * c;
+      if (d < D) tile[r * stride + d] = from ? static_cast<C>(from[d]) * factor : C(0);
+    }
   }
 }
 
@@ -46,7 +49,7 @@ KG_DEVICE void addProduct(Square<C, Tile>& s, const C* a, const C* b, int D) {
   constexpr int M = Tile / kSide;
   const int stride = rowStride(D);
   const C *const rows = a + threadRow() * stride, *const columns = b + threadColumn() * stride;
-  for (int d = 0; d < D; d++) {
+  KG_UNROLL_BY(2) for (int d = 0; d < D; d++) {
     C x[M], y[M];
     KG_UNROLL for (int i = 0; i < M; i++) {
       x[i] = rows[i * kSide * stride + d];
@@ -87,7 +90,7 @@ template <class C, int Tile, int Columns>
 KG_DEVICE void accumulate(Sums<C, Tile, Columns>& o, const C* square, const C* tile, int D) {
   constexpr int M = Tile / kSide;
   const int stride = rowStride(D);
-  for (int j = 0; j < Tile; j++) {
+  KG_UNROLL_BY(2) for (int j = 0; j < Tile; j++) {
     C p[M];
     KG_UNROLL for (int i = 0; i < M; i++) p[i] = square[(threadRow() + kSide * i) * (Tile + 1) + j];
     KG_UNROLL for (int c = 0; c < Columns; c++) {
@@ -111,6 +114,20 @@ KG_DEVICE void storeSums(const Sums<C, Tile, Columns>& o, const C (&factor)[Tile
       const int d = threadColumn() + kSide * c;
       if (d < D) to.at(row + r, head)[d] = static_cast<T>(o.v[i][c] * factor[i] + C(0));
     }
+  }
+}
+
+// f(row, count, behind) for all tiles of query rows that see a chunk of keys: from the chunk on to the end of its
+// segment, then its segment's children's. Query row `row` of the layout is the first, `count` or Tile of them exist.
+// `behind`: the chunk's first key minus that row, within its own segment; no key is behind a child's row.
+template <int Tile, class F>
+KG_DEVICE void forQueryTiles(const SegmentTable& table, const Chunk& chunk, const F& f) {
+  const bool parent = table[chunk.segment].parent < 0;
+  for (int s = chunk.segment; s < table.count; s = parent ? nextChild(table, chunk.segment, s) : table.count) {
+    const Segment from = table[s];
+    const bool own = s == chunk.segment;
+    for (int row = own ? chunk.row : 0; row < from.length; row += Tile)
+      f(from.start + row, from.length - row, own ? chunk.row - row : -Tile);
   }
 }
 

@@ -33,7 +33,7 @@ struct Tiles {
 };
 
 template <class T, int Tile, int Columns>
-KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) queriesGeneralKernel(GeneralCall<T> call) {
+KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads, 1) queriesGeneralKernel(GeneralCall<T> call) {
   using C = compute_t<T>;
   constexpr int M = Tile / kSide;
   const Backward<T>& p = call.p;
@@ -49,9 +49,9 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) queriesGeneralKernel(GeneralCal
   const int firstRow = keyOf.ownStart + chunk.row, firstKey = keyOf.parentLength + chunk.row;
   const int end = firstKey + chunk.rows;
   const auto queryRow = [&](int r) { return p.rowMap(firstRow + r, p.faults); };
-  fillTile<Tile>(queries, p.q, head, D, chunk.rows, static_cast<C>(p.scale), queryRow);
-  fillTile<Tile>(douts, p.dout, head, D, chunk.rows, C(1), [&](int r) { return firstRow + r; });
-  fillTile<Tile>(at.passing, p.out, head, D, chunk.rows, C(1), queryRow);
+  fillTile<Tile, Columns>(queries, p.q, head, D, chunk.rows, static_cast<C>(p.scale), queryRow);
+  fillTile<Tile, Columns>(douts, p.dout, head, D, chunk.rows, C(1), [&](int r) { return firstRow + r; });
+  fillTile<Tile, Columns>(at.passing, p.out, head, D, chunk.rows, C(1), queryRow);
   syncThreads();
   C delta[M], lse[M], factor[M];
   rowProducts<C, Tile>(delta, douts, at.passing, D);
@@ -70,11 +70,11 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) queriesGeneralKernel(GeneralCal
     const auto keyRow = [&](int r) { return p.rowMap(keyOf(first + r), p.faults); };
     Square<C, Tile> s, ds;
     syncThreads();
-    fillTile<Tile>(at.passing, p.v, keyHead, D, end - first, C(1), keyRow);
+    fillTile<Tile, Columns>(at.passing, p.v, keyHead, D, end - first, C(1), keyRow);
     syncThreads();
     product(ds, douts, at.passing, D);
     syncThreads();
-    fillTile<Tile>(at.passing, p.k, keyHead, D, end - first, C(1), keyRow);
+    fillTile<Tile, Columns>(at.passing, p.k, keyHead, D, end - first, C(1), keyRow);
     syncThreads();
     product(s, queries, at.passing, D);
     KG_UNROLL for (int i = 0; i < M; i++) KG_UNROLL for (int j = 0; j < M; j++) {
@@ -94,8 +94,7 @@ struct KeySums {
   Sums<C, Tile, Columns> dk, dv;
 };
 
-// Adds what query rows row..row+Tile of a segment give to the keys. `behind`: the block's first key minus the first of
-// the query rows, for keys of the same segment; no key is behind a child's row.
+// Adds what query rows firstRow..firstRow+count give to the keys (forQueryTiles).
 template <class T, int Tile, int Columns>
 KG_DEVICE void visitQueries(const GeneralCall<T>& call, const Tiles<compute_t<T>, Tile>& at, int head, int firstRow,
                             int count, int behind, KeySums<compute_t<T>, Tile, Columns>& sums) {
@@ -116,7 +115,7 @@ KG_DEVICE void visitQueries(const GeneralCall<T>& call, const Tiles<compute_t<T>
   }
   Square<C, Tile> s, ds;
   syncThreads();
-  fillTile<Tile>(at.passing, p.q, head, D, count, static_cast<C>(p.scale), queryRow);
+  fillTile<Tile, Columns>(at.passing, p.q, head, D, count, static_cast<C>(p.scale), queryRow);
   syncThreads();
   product(s, at.first, at.passing, D);
   KG_UNROLL for (int i = 0; i < M; i++) KG_UNROLL for (int j = 0; j < M; j++) {
@@ -124,7 +123,7 @@ KG_DEVICE void visitQueries(const GeneralCall<T>& call, const Tiles<compute_t<T>
     s.v[i][j] = seen ? std::exp(s.v[i][j] - lse[j]) : C(0);
   }
   syncThreads();
-  fillTile<Tile>(at.passing, p.dout, head, D, count, C(1), [&](int r) { return firstRow + r; });
+  fillTile<Tile, Columns>(at.passing, p.dout, head, D, count, C(1), [&](int r) { return firstRow + r; });
   syncThreads();
   product(ds, at.second, at.passing, D);
   share(s, at.square);
@@ -133,13 +132,13 @@ KG_DEVICE void visitQueries(const GeneralCall<T>& call, const Tiles<compute_t<T>
       s.v[i][j] * (ds.v[i][j] - delta[j]);
   share(ds, at.square);
   syncThreads();
-  fillTile<Tile>(at.passing, p.q, head, D, count, static_cast<C>(p.scale), queryRow);
+  fillTile<Tile, Columns>(at.passing, p.q, head, D, count, static_cast<C>(p.scale), queryRow);
   syncThreads();
   accumulate(sums.dk, at.square, at.passing, D);
 }
 
 template <class T, int Tile, int Columns>
-KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) keysGeneralKernel(GeneralCall<T> call) {
+KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads, 1) keysGeneralKernel(GeneralCall<T> call) {
   using C = compute_t<T>;
   const Backward<T>& p = call.p;
   const int D = p.heads.D, keyHead = static_cast<int>(blockIdx.x % p.heads.key);
@@ -152,25 +151,17 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) keysGeneralKernel(GeneralCall<T
   }
   if (found == Found::Nothing) return;
   const Tiles<C, Tile> at(D);
-  const Segment own = p.segments[chunk.segment];
-  const int firstRow = own.start + chunk.row;
+  const int firstRow = p.segments[chunk.segment].start + chunk.row;
   const auto keyRow = [&](int r) { return p.rowMap(firstRow + r, p.faults); };
-  fillTile<Tile>(at.first, p.k, keyHead, D, chunk.rows, C(1), keyRow);
-  fillTile<Tile>(at.second, p.v, keyHead, D, chunk.rows, C(1), keyRow);
+  fillTile<Tile, Columns>(at.first, p.k, keyHead, D, chunk.rows, C(1), keyRow);
+  fillTile<Tile, Columns>(at.second, p.v, keyHead, D, chunk.rows, C(1), keyRow);
   KeySums<C, Tile, Columns> sums;
   sums.dk.clear();
   sums.dv.clear();
-  for (int head = keyHead * p.heads.group; head < (keyHead + 1) * p.heads.group; head++) {
-    for (int row = chunk.row; row < own.length; row += Tile)
-      visitQueries<T, Tile>(call, at, head, own.start + row, own.length - row, chunk.row - row, sums);
-    if (own.parent >= 0) continue;
-    for (int s = nextChild(p.segments, chunk.segment, chunk.segment); s < p.segments.count;
-         s = nextChild(p.segments, chunk.segment, s)) {
-      const Segment child = p.segments[s];
-      for (int row = 0; row < child.length; row += Tile)
-        visitQueries<T, Tile>(call, at, head, child.start + row, child.length - row, -Tile, sums);
-    }
-  }
+  for (int head = keyHead * p.heads.group; head < (keyHead + 1) * p.heads.group; head++)
+    forQueryTiles<Tile>(p.segments, chunk, [&](int row, int count, int behind) {
+      visitQueries<T, Tile>(call, at, head, row, count, behind, sums);
+    });
   C one[Tile / kSide];
   KG_UNROLL for (int i = 0; i < Tile / kSide; i++) one[i] = 1;
   storeSums(sums.dk, one, p.dk, firstRow, keyHead, D, chunk.rows);  // the scale came with the queries

@@ -71,7 +71,7 @@ struct Tiles {
   template <class T, class RowOf>
   KG_DEVICE const C* pass(const HeadRows<const T>& x, int head, int D, int valid, C factor, const RowOf& rowOf) const {
     syncThreads();
-    fillTile<Tile>(passing, x, head, D, valid, factor, rowOf);
+    fillTile<Tile, Columns>(passing, x, head, D, valid, factor, rowOf);
     syncThreads();
     return passing;
   }
@@ -105,9 +105,11 @@ struct QueryBlock {
   KG_DEVICE int64_t primal(int row) const { return p.b.rowMap(firstRow + row, p.b.faults); }
   KG_DEVICE void fill(C* tile, int which) const {
     const C c = static_cast<C>(p.b.scale);
-    if (which == kQueries) return fillTile<Tile>(tile, p.b.q, head, D, rows, c, [&](int i) { return primal(i); });
+    if (which == kQueries)
+      return fillTile<Tile, Columns>(tile, p.b.q, head, D, rows, c, [&](int i) { return primal(i); });
     const bool dots = which == kQueryDots;
-    fillTile<Tile>(tile, dots ? p.qDot : p.b.dout, head, D, rows, dots ? c : C(1), [&](int i) { return firstRow + i; });
+    fillTile<Tile, Columns>(tile, dots ? p.qDot : p.b.dout, head, D, rows, dots ? c : C(1),
+                            [&](int i) { return firstRow + i; });
   }
   KG_DEVICE const C* own(Own which) const {
     return at.get(which, [&](C* tile, int other) { fill(tile, other); });
@@ -213,7 +215,7 @@ struct QueryBlock {
 };
 
 template <class T, int Tile, int Columns>
-KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) queriesTangentKernel(Tangent<T> p) {
+KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads, 1) queriesTangentKernel(Tangent<T> p) {
   using C = compute_t<T>;
   const int head = static_cast<int>(blockIdx.x % p.b.heads.query);
   const uint32_t slot = blockIdx.x / p.b.heads.query;
@@ -264,7 +266,7 @@ struct KeyBlock {
   KG_DEVICE void fill(C* tile, int which) const {
     const bool keys = which == kKeys || which == kKeyDots, dots = which == kKeyDots || which == kValueDots;
     const HeadRows<const T>& x = keys ? (dots ? p.kDot : p.b.k) : (dots ? p.vDot : p.b.v);
-    fillTile<Tile>(tile, x, keyHead, D, rows, C(1), [&](int i) {
+    fillTile<Tile, Columns>(tile, x, keyHead, D, rows, C(1), [&](int i) {
       return dots ? static_cast<int64_t>(firstRow + i) : p.b.rowMap(firstRow + i, p.b.faults);
     });
   }
@@ -272,8 +274,7 @@ struct KeyBlock {
     return at.get(which, [&](C* tile, int other) { fill(tile, other); });
   }
 
-  // Adds what query rows row..row+count of the layout give. `behind`: the block's first key minus the first of the
-  // query rows, for keys of the same segment; no key is behind a child's row.
+  // Adds what query rows row..row+count of the layout give (forQueryTiles).
   KG_DEVICE void visit(int head, int row, int count, int behind) {
     const C c = static_cast<C>(p.b.scale);
     const auto primalRow = [&](int i) { return p.b.rowMap(row + i, p.b.faults); };
@@ -321,7 +322,7 @@ struct KeyBlock {
 };
 
 template <class T, int Tile, int Columns>
-KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) keysTangentKernel(Tangent<T> p) {
+KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads, 1) keysTangentKernel(Tangent<T> p) {
   using C = compute_t<T>;
   const int keyHead = static_cast<int>(blockIdx.x % p.b.heads.key);
   const uint32_t slot = blockIdx.x / p.b.heads.key;
@@ -333,19 +334,10 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(kGeneralThreads) keysTangentKernel(Tangent<T> p)
   }
   if (found == Found::Nothing) return;
   KeyBlock<T, Tile, Columns> block(p, chunk, keyHead);
-  const SegmentTable& table = p.b.segments;
-  const Segment own = table[chunk.segment];
   const int firstHead = keyHead * p.b.heads.group;
-  for (int head = firstHead; head < firstHead + p.b.heads.group; head++) {
-    // Its own segment, then its children: those that continue a parent's keys.
-    for (int s = chunk.segment; s < table.count;
-         s = own.parent < 0 ? nextChild(table, chunk.segment, s) : table.count) {
-      const Segment from = table[s];
-      const bool same = s == chunk.segment;
-      for (int row = same ? chunk.row : 0; row < from.length; row += Tile)
-        block.visit(head, from.start + row, from.length - row, same ? chunk.row - row : -Tile);
-    }
-  }
+  for (int head = firstHead; head < firstHead + p.b.heads.group; head++)
+    forQueryTiles<Tile>(p.b.segments, chunk,
+                        [&](int row, int count, int behind) { block.visit(head, row, count, behind); });
   C one[Tile / kSide];
   KG_UNROLL for (C& f : one) f = 1;
   storeSums(block.dk, one, p.b.dk, block.firstRow, keyHead, block.D, block.rows);  // the scale came with the queries

@@ -99,7 +99,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void transposeKernel(Transposition t) {
   constexpr int kSide = kTile<T>, kPitch = kSide + (sizeof(T) < 4 ? 4 / static_cast<int>(sizeof(T)) : 1);
   constexpr int kDown = kItemThreads / kWarp;  // lines of a tile that the block moves at a time
   KG_SHARED(T, tile, kSide * kPitch);
-  KG_LOOP for (uint32_t index = blockIdx.x; index < t.tiles; index += gridDim.x) {
+  KG_UNROLL_BY(1) for (uint32_t index = blockIdx.x; index < t.tiles; index += gridDim.x) {
     uint32_t across, down;
     const uint32_t plane = divide(divide(index, t.tilesAcross, &across), t.tilesDown, &down);
     int64_t at[2];

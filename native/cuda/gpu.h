@@ -21,7 +21,10 @@
 // Statement: a static shared array `type name[count]` (count a constant expression). Not in helper functions that are
 // called twice with overlapping use: there is one array an instantiation.
 #define KG_SHARED(type, name, count) __shared__ alignas(16) type name[count]
-#define KG_UNROLL _Pragma("unroll")
+// Statements before a loop: unrolled whole; its body n times (nvcc unrolls loops of constant length whole if not told).
+#define KG_PRAGMA(text) _Pragma(#text)
+#define KG_UNROLL KG_PRAGMA(unroll)
+#define KG_UNROLL_BY(n) KG_PRAGMA(unroll n)
 
 namespace kg::cuda {
 

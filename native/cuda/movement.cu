@@ -117,7 +117,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void gatherRowsKernel(T* out, const T* 
                                                                int64_t first, uint32_t items, Divisor units,
                                                                int64_t limit, FaultSink faults) {
   const uint32_t step = gridDim.x * blockDim.x;
-  KG_LOOP for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < items; i += step) {
+  KG_UNROLL_BY(1) for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < items; i += step) {
     uint32_t unit;
     const int64_t row = first + divide(i, units, &unit);
     const int32_t id = ids[row];
@@ -151,11 +151,11 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void gatherLastKernel(T* out, const T* 
 template <class T, int V>
 KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void scatterLastKernel(T* out, const T* g, const int32_t* ids, int64_t rows,
                                                                 int64_t width, FaultSink faults) {
-  KG_LOOP for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+  KG_UNROLL_BY(1) for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const int32_t id = ids[r];
     if (threadIdx.x == 0) inRange(faults, id, r, width);
     const T value = g[r];
-    KG_LOOP for (int64_t c = static_cast<int64_t>(threadIdx.x) * V; c < width; c += int64_t{kItemThreads} * V) {
+    KG_UNROLL_BY(1) for (int64_t c = static_cast<int64_t>(threadIdx.x) * V; c < width; c += int64_t{kItemThreads} * V) {
       T v[V];
       KG_UNROLL for (int i = 0; i < V; i++) v[i] = c + i == id ? value : T(0);
       storeItem<V>(out + r * width + c, V, v);
@@ -190,11 +190,11 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(1024) void argmaxKernel(int32_t* out, const T* x, int
   KG_SHARED(int32_t, indices, kWarp);
   const int lanes = whole ? static_cast<int>(blockDim.x) : kWarp, lane = static_cast<int>(threadIdx.x) % lanes;
   const int64_t perBlock = blockDim.x / lanes, step = gridDim.x * perBlock;
-  KG_LOOP for (int64_t r = blockIdx.x * perBlock + static_cast<int>(threadIdx.x) / lanes; r < rows; r += step) {
+  KG_UNROLL_BY(1) for (int64_t r = blockIdx.x * perBlock + static_cast<int>(threadIdx.x) / lanes; r < rows; r += step) {
     const T* row = x + r * width;
     int32_t at = lane < width ? lane : 0;  // a lane without elements repeats the first
     C best = static_cast<C>(row[at]);
-    KG_LOOP for (int64_t i = static_cast<int64_t>(lane) + lanes; i < width; i += lanes) {
+    KG_UNROLL_BY(1) for (int64_t i = static_cast<int64_t>(lane) + lanes; i < width; i += lanes) {
       const C v = static_cast<C>(row[i]);
       if (!above(v, static_cast<int32_t>(i), best, at)) continue;
       best = v;

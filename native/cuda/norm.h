@@ -130,7 +130,7 @@ KG_GLOBAL void KG_LAUNCH_BOUNDS(1024) addPartials(C* dweight, const C* partials,
   const int column = static_cast<int>(blockIdx.x) * kWarp + laneId();
   C sum = 0;
   if (column < width) {
-#pragma unroll 4
+    KG_UNROLL_BY(4)
     for (int p = warpId(); p < count; p += 32) sum += partials[static_cast<int64_t>(p) * width + column];
   }
   sums[warpId() * 33 + laneId()] = sum;

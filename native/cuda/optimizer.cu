@@ -33,7 +33,7 @@ struct Batch {
   // The group of a block: the last that begins at or before it.
   KG_DEVICE int groupOf(uint32_t block) const {
     int low = 0, high = count - 1;
-    KG_LOOP while (low < high) {
+    KG_UNROLL_BY(1) while (low < high) {
       const int middle = (low + high + 1) / 2;
       if (firstBlock[middle] <= block) {
         low = middle;
@@ -87,7 +87,7 @@ KG_DEVICE double sumSquaresOf(const T* x, int64_t n) {
   constexpr int kAhead = 8;
   double sum = 0;
   int64_t i = threadIdx.x;
-  KG_LOOP for (; i + (kAhead - 1) * kThreads < n; i += kAhead * kThreads) {
+  KG_UNROLL_BY(1) for (; i + (kAhead - 1) * kThreads < n; i += kAhead * kThreads) {
     T v[kAhead];
     KG_UNROLL for (int j = 0; j < kAhead; j++) v[j] = x[i + j * kThreads];
     KG_UNROLL for (int j = 0; j < kAhead; j++) {
@@ -95,7 +95,7 @@ KG_DEVICE double sumSquaresOf(const T* x, int64_t n) {
       sum = ::fma(wide, wide, sum);
     }
   }
-  KG_LOOP for (; i < n; i += kThreads) {
+  KG_UNROLL_BY(1) for (; i < n; i += kThreads) {
     const double wide = static_cast<double>(static_cast<compute_t<T>>(x[i]));
     sum = ::fma(wide, wide, sum);
   }
@@ -172,7 +172,8 @@ constexpr int kUpdateBlock = 4096;  // elements of a thread block
 template <class F>
 KG_DEVICE void forUpdates(const Updated& group, int64_t first, F f) {
   const int64_t end = first + kUpdateBlock < group.numel ? first + kUpdateBlock : group.numel;
-  KG_LOOP for (int64_t i = first + static_cast<int64_t>(threadIdx.x) * kUpdate; i < end; i += kThreads * kUpdate) {
+  KG_UNROLL_BY(1)
+  for (int64_t i = first + static_cast<int64_t>(threadIdx.x) * kUpdate; i < end; i += kThreads * kUpdate) {
     const int64_t left = end - i;
     f(i, left < kUpdate ? static_cast<int>(left) : kUpdate);
   }

@@ -96,7 +96,8 @@ template <class Kind, class T>
 KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void randomKernel(T* out, int64_t n, Generator generator, bool aligned) {
   constexpr int kCount = kPerBlock<T>;
   const int64_t blocks = (n + kCount - 1) / kCount, step = static_cast<int64_t>(gridDim.x) * kItemThreads;
-  KG_LOOP for (int64_t i = static_cast<int64_t>(blockIdx.x) * kItemThreads + threadIdx.x; i < blocks; i += step) {
+  KG_UNROLL_BY(1)
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kItemThreads + threadIdx.x; i < blocks; i += step) {
     uint32_t words[4];
     philox(generator.key, generator.offset + static_cast<uint64_t>(i), words);
     T v[kCount];

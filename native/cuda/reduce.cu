@@ -32,7 +32,7 @@ struct Inner {
     if (numel >= int64_t{1} << 31) return wideOffset(i);
     uint32_t rest = static_cast<uint32_t>(i), coordinate;
     int64_t sum = 0;
-    KG_LOOP for (int d = 0; d + 1 < ndim; d++) {
+    KG_UNROLL_BY(1) for (int d = 0; d + 1 < ndim; d++) {
       rest = divide(rest, lengths[d], &coordinate);
       sum += coordinate * strides[d];
     }
@@ -40,7 +40,7 @@ struct Inner {
   }
   KG_DEVICE int64_t wideOffset(int64_t i) const {
     int64_t sum = 0;
-    KG_LOOP for (int d = 0; d + 1 < ndim; d++) {
+    KG_UNROLL_BY(1) for (int d = 0; d + 1 < ndim; d++) {
       sum += i % lengths[d].by * strides[d];
       i /= lengths[d].by;
     }
@@ -117,18 +117,18 @@ KG_DEVICE compute_t<T> reduceLane(const T* x, const Inner& inner, uint32_t block
   const int n = left < kBlock ? static_cast<int>(left) : kBlock;
   int i = lane;
   if (inner.ndim > 1) {
-    KG_LOOP for (; i < n; i += kWarp) sum = combine<Row, T>(sum, static_cast<S>(x[inner.offset(first + i)]));
+    KG_UNROLL_BY(1) for (; i < n; i += kWarp) sum = combine<Row, T>(sum, static_cast<S>(x[inner.offset(first + i)]));
     return sum;
   }
   constexpr int kAhead = 8;
   const int64_t stride = inner.strides[0], step = stride * kWarp;
   const T* at = x + (first + lane) * stride;
-  KG_LOOP for (; i + (kAhead - 1) * kWarp < n; i += kAhead * kWarp, at += kAhead * step) {
+  KG_UNROLL_BY(1) for (; i + (kAhead - 1) * kWarp < n; i += kAhead * kWarp, at += kAhead * step) {
     T v[kAhead];
     KG_UNROLL for (int j = 0; j < kAhead; j++) v[j] = at[j * step];
     KG_UNROLL for (int j = 0; j < kAhead; j++) sum = combine<Row, T>(sum, static_cast<S>(v[j]));
   }
-  KG_LOOP for (; i < n; i += kWarp, at += step) sum = combine<Row, T>(sum, static_cast<S>(*at));
+  KG_UNROLL_BY(1) for (; i < n; i += kWarp, at += step) sum = combine<Row, T>(sum, static_cast<S>(*at));
   return sum;
 }
 
@@ -177,13 +177,13 @@ template <class Row, class T>
 KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void reduceWarps(Reduction r) {
   using S = compute_t<T>;
   const uint32_t step = gridDim.x * kWarps;
-  KG_LOOP for (uint32_t i = blockIdx.x * kWarps + warpId(); i < r.tasks; i += step) {
+  KG_UNROLL_BY(1) for (uint32_t i = blockIdx.x * kWarps + warpId(); i < r.tasks; i += step) {
     const Task task = Task::of(r, i);
     int64_t at[2];
     locate<1>(r.outer, task.result, at);
     Join<Row, T> join = Join<Row, T>::none();
     S value = identity<Row, T>();
-    KG_LOOP for (uint32_t block = task.begin; block < task.end; block++) {
+    KG_UNROLL_BY(1) for (uint32_t block = task.begin; block < task.end; block++) {
       value = combineWarp<Row, T>(reduceLane<Row, T>(elements<T>(r, at[1]), r.inner, block, laneId()));
       if (static_cast<int>(block % kWarp) == laneId()) join.add(value);
     }
@@ -203,7 +203,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kBlock) void reduceColumns(Reduction r) {
   KG_SHARED(S, turned, kWarp * kPitch);
   const int column = laneId(), lane = warpId();
   const uint32_t columns = r.outer.innerLength;
-  KG_LOOP for (uint32_t i = blockIdx.x; i < r.tasks; i += gridDim.x) {
+  KG_UNROLL_BY(1) for (uint32_t i = blockIdx.x; i < r.tasks; i += gridDim.x) {
     const Task task = Task::of(r, i);
     uint32_t tile;
     const uint32_t row = divide(task.result, r.byTiles, &tile);
@@ -213,7 +213,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kBlock) void reduceColumns(Reduction r) {
     if (reads) locate<1>(r.outer, first + column, at);
     Join<Row, T> join = Join<Row, T>::none();
     S value = identity<Row, T>();
-    KG_LOOP for (uint32_t block = task.begin; block < task.end; block++) {
+    KG_UNROLL_BY(1) for (uint32_t block = task.begin; block < task.end; block++) {
       S sum = identity<Row, T>();
       if (reads) sum = reduceLane<Row, T>(elements<T>(r, at[1]), r.inner, block, lane);
       turned[lane * kPitch + column] = sum;
@@ -244,7 +244,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kBlock) void joinBlocks(Reduction r) {
   if (result >= r.outer.items) return;
   const compute_t<T>* partials = static_cast<const compute_t<T>*>(r.partials) + static_cast<int64_t>(result) * r.blocks;
   J join = J::none();
-  KG_LOOP for (uint32_t b = whole ? threadIdx.x : laneId(); b < r.blocks; b += lanes) join.add(partials[b]);
+  KG_UNROLL_BY(1) for (uint32_t b = whole ? threadIdx.x : laneId(); b < r.blocks; b += lanes) join.add(partials[b]);
   join = joinWarp(join);
   if (whole) {
     if (laneId() == 0) joins[warpId()] = join;

@@ -40,7 +40,7 @@ KG_DEVICE int listRun(const SortedKeys& rows, int64_t n, int64_t first, uint32_t
 template <class C, class S>
 KG_DEVICE void addRows(C (&sum)[kColumns], const S* src, int64_t width, int64_t column, const int32_t* list,
                        int count) {
-  KG_LOOP for (int m = 0; m < count; m += kAhead) {
+  KG_UNROLL_BY(1) for (int m = 0; m < count; m += kAhead) {
     C v[kAhead][kColumns];
     KG_UNROLL for (int r = 0; r < kAhead; r++) {
       const S* row = src + (m + r < count ? list[m + r] : 0) * width;
@@ -73,7 +73,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kThreads) void scatterAddKernel(O* out, const S* src,
     sum[c] = at < width ? static_cast<C>(to[at]) : C(0);
   }
   int count = kThreads;
-  KG_LOOP for (int64_t first = place; count == kThreads; first += kThreads) {
+  KG_UNROLL_BY(1) for (int64_t first = place; count == kThreads; first += kThreads) {
     count = listRun(rows, n, first, id, list, length);
     addRows(sum, src, width, column, list, count);
   }

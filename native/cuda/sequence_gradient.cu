@@ -52,7 +52,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kItemThreads) void shareKernel(Shares<C> s, double* p
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kShareBlock;
   const int64_t end = first + kShareBlock < s.numel ? first + kShareBlock : s.numel;
   double square = 0, product = 0;
-  KG_LOOP for (int64_t at = first + threadIdx.x * kPack; at < end; at += kItemThreads * kPack) {
+  KG_UNROLL_BY(1) for (int64_t at = first + threadIdx.x * kPack; at < end; at += kItemThreads * kPack) {
     const int count = end - at < kPack ? static_cast<int>(end - at) : kPack;
     C x[kPack], y[kPack] = {};
     loadShare(s.tile, at, count, s.aligned, x);

@@ -53,7 +53,7 @@ template <class C, class T>
 KG_DEVICE SumExp<C> sumExpOf(const T* x, int64_t width, int lane, int lanes, bool whole, C* shared) {
   SumExp<C> row{-infinity<C>(), C(0)};
   int64_t i = lane;
-  KG_LOOP for (; i + (kAhead - 1) * lanes < width; i += kAhead * lanes) {
+  KG_UNROLL_BY(1) for (; i + (kAhead - 1) * lanes < width; i += kAhead * lanes) {
     C v[kAhead];
     KG_UNROLL for (int j = 0; j < kAhead; j++) v[j] = static_cast<C>(x[i + j * lanes]);
     C most = v[0];
@@ -61,7 +61,7 @@ KG_DEVICE SumExp<C> sumExpOf(const T* x, int64_t width, int lane, int lanes, boo
     row.raise(most);
     KG_UNROLL for (int j = 0; j < kAhead; j++) row.add(v[j]);
   }
-  KG_LOOP for (; i < width; i += lanes) {
+  KG_UNROLL_BY(1) for (; i < width; i += lanes) {
     const C v = static_cast<C>(x[i]);
     row.raise(v);
     row.add(v);
@@ -77,7 +77,8 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(1024) void softmaxRows(const T* x, T* y, Rows rows) {
   KG_SHARED(C, shared, kWarp);
   const int lanes = rows.whole ? static_cast<int>(blockDim.x) : kWarp, lane = static_cast<int>(threadIdx.x) % lanes;
   const int64_t perBlock = blockDim.x / lanes, step = gridDim.x * perBlock;
-  KG_LOOP for (int64_t r = blockIdx.x * perBlock + static_cast<int>(threadIdx.x) / lanes; r < rows.count; r += step) {
+  KG_UNROLL_BY(1)
+  for (int64_t r = blockIdx.x * perBlock + static_cast<int>(threadIdx.x) / lanes; r < rows.count; r += step) {
     const T* from = x + r * rows.width;
     const SumExp<C> row = sumExpOf<C>(from, rows.width, lane, lanes, rows.whole, shared);
     const bool infinite = row.largest == infinity<C>() || row.largest == -infinity<C>();
@@ -88,7 +89,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(1024) void softmaxRows(const T* x, T* y, Rows rows) {
       const C sum = infinite ? row.largest - row.largest : row.sum;  // inf - inf
       const C scale = kOutput == Output::Softmax ? C(1) / sum : m::log(sum);
       T* to = y + r * rows.width;
-      KG_LOOP for (int64_t i = lane; i < rows.width; i += kAhead * lanes) {
+      KG_UNROLL_BY(1) for (int64_t i = lane; i < rows.width; i += kAhead * lanes) {
         T v[kAhead] = {};
         KG_UNROLL for (int j = 0; j < kAhead; j++) {
           if (i + j * lanes < rows.width) v[j] = from[i + j * lanes];

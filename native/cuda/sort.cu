@@ -185,7 +185,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kBlockThreads) void sortBlock(Items in, Digits digits
     if (fault < 0 && in.outOfRange(position[k], key[k])) fault = position[k];
   }
   if (fault >= 0) in.report(fault);
-  KG_LOOP for (int pass = 0; pass < digits.count; pass++) {
+  KG_UNROLL_BY(1) for (int pass = 0; pass < digits.count; pass++) {
     if (pass > 0) {
       exchange(key, rank, first, items, buffer);
       exchange(position, rank, first, items, reinterpret_cast<int32_t*>(buffer));
@@ -226,7 +226,7 @@ KG_GLOBAL KG_LAUNCH_BOUNDS(kTileThreads) void sumTiles(int32_t* counts, int32_t*
   const int64_t digit = static_cast<int64_t>(blockIdx.x) * (kTileThreads / kWarp) + warpId();
   int32_t* row = counts + digit * tiles;
   int32_t before = 0;
-  KG_LOOP for (int64_t first = 0; first < tiles; first += kWarp) {
+  KG_UNROLL_BY(1) for (int64_t first = 0; first < tiles; first += kWarp) {
     const int64_t tile = first + laneId();
     const int32_t count = tile < tiles ? row[tile] : 0, through = warpThrough(count);
     if (tile < tiles) row[tile] = before + through - count;

@@ -9,13 +9,6 @@
 
 #include "cuda/block.h"
 
-// Statement before a loop: its body stays once, for the size of the binary.
-#ifdef KG_SIMT
-#define KG_LOOP
-#else
-#define KG_LOOP _Pragma("unroll 1")
-#endif
-
 namespace kg::cuda {
 
 constexpr int kMaxOperands = 4;
@@ -127,7 +120,7 @@ KG_DEVICE int locate(const Layout<N>& l, uint32_t index, int64_t (&offset)[N]) {
   if (l.outerAxes > 0) line = divide(index, l.itemsPerLine, &within);
   within *= V;
   KG_UNROLL for (int o = 0; o < N; o++) offset[o] = within * l.strides[o][0];
-  KG_LOOP for (int d = 0; d < l.outerAxes; d++) {
+  KG_UNROLL_BY(1) for (int d = 0; d < l.outerAxes; d++) {
     uint32_t coordinate = line;
     if (d + 1 < l.outerAxes) line = divide(line, l.lengths[d], &coordinate);
     KG_UNROLL for (int o = 0; o < N; o++) offset[o] += coordinate * l.strides[o][d + 1];
@@ -140,7 +133,7 @@ KG_DEVICE int locate(const Layout<N>& l, uint32_t index, int64_t (&offset)[N]) {
 template <int V, int N, class F>
 KG_DEVICE void forItems(const Layout<N>& l, F f) {
   const uint32_t step = gridDim.x * blockDim.x;
-  KG_LOOP for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < l.items; i += step) {
+  KG_UNROLL_BY(1) for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < l.items; i += step) {
     int64_t offset[N];
     const int count = locate<V>(l, i, offset);
     f(offset, count);

@@ -13,6 +13,7 @@
 #define KG_DEVICE inline __attribute__((always_inline))
 #define KG_LAUNCH_BOUNDS(...)
 #define KG_UNROLL
+#define KG_UNROLL_BY(n)
 // The tag is one an instantiation, as the array is under nvcc.
 #define KG_SHARED(type, name, count)                        \
   static char name##SharedTag;                              \
