@@ -38,7 +38,7 @@ async function run(name: Analysis, given: object = {}) {
 }
 
 describe.each(Object.keys(small) as Analysis[])('%s', (name) => {
-  it('writes a page, pictures, tables and numbers', { timeout: 120_000 }, async () => {
+  it('writes a page, pictures, tables and numbers', async () => {
     const { outcome, files, text } = await run(name);
     expect(outcome?.findings.length).toBeGreaterThan(0);
     for (const finding of outcome?.findings ?? []) expect(finding).not.toMatch(/NaN|undefined|Infinity/);
@@ -80,9 +80,7 @@ const pure =
   /^(optimizer steps|probability|change of π|share of .*|outputs, the likeliest first \(rank\)|case of Theorem 2|norm of the term|[αληKγ] \(.+\))$/;
 
 describe.each(Object.keys(small) as Analysis[])('charts of %s', (name) => {
-  it('have a title, and axes with titles and units, in the specification and in the picture', {
-    timeout: 120_000,
-  }, async () => {
+  it('have a title, and axes with titles and units, in the specification and in the picture', async () => {
     const report = (await makeReport(
       name,
       resolveOptions(`analyze ${name}`, { ...small[name], device: 'cpu' }) as never,
@@ -107,9 +105,7 @@ describe.each(Object.keys(small) as Analysis[])('charts of %s', (name) => {
 });
 
 describe('what it measures', () => {
-  it('terms: (b) is linear in small alpha, and the regularizer has a part on both levels', {
-    timeout: 60_000,
-  }, async () => {
+  it('terms: (b) is linear in small alpha, and the regularizer has a part on both levels', async () => {
     const { text } = await run('terms', { lowerLearningRates: [1e-6, 2e-6], dtype: 'float64' });
     const { terms } = JSON.parse(text('terms.json'));
     expect(terms.adapters[1].penalty / terms.adapters[0].penalty).toBeCloseTo(2, 1);
@@ -118,9 +114,7 @@ describe('what it measures', () => {
     expect(terms.sftAdapters).toBeGreaterThan(0);
   });
 
-  it('terms: by another solver, by token, to first order; and what it says of rounding', {
-    timeout: 60_000,
-  }, async () => {
+  it('terms: by another solver, by token, to first order; and what it says of rounding', async () => {
     const measured = async (given: object) => {
       const { outcome, text } = await run('terms', { lowerLearningRates: [1e-5], ...given });
       return { terms: JSON.parse(text('terms.json')).terms, findings: outcome!.findings.join('\n') };
@@ -144,7 +138,7 @@ describe('what it measures', () => {
     );
   });
 
-  it('runs: the lower level and the regularizer by their options', { timeout: 60_000 }, async () => {
+  it('runs: the lower level and the regularizer by their options', async () => {
     const changes = async (name: 'dynamics' | 'sensitivity', given: object): Promise<string> => {
       const { text } = await run(name, given);
       const { options: _, ...found } = JSON.parse(text(`${name}.json`));
@@ -160,7 +154,7 @@ describe('what it measures', () => {
     }
   });
 
-  it('terms: shares are those of the trainer', { timeout: 60_000 }, async () => {
+  it('terms: shares are those of the trainer', async () => {
     const given = {
       lossType: 'ipo_sum',
       sftReduction: 'token-mean',
@@ -196,7 +190,7 @@ describe('what it measures', () => {
       });
   });
 
-  it('sensitivity: R is measured where gamma is 0, too', { timeout: 60_000 }, async () => {
+  it('sensitivity: R is measured where gamma is 0, too', async () => {
     const { text } = await run('sensitivity', { lambdas: [1], pairs: 12, gradientPairs: 12 });
     const { start, runs } = JSON.parse(text('sensitivity.json'));
     expect(start.regularizer).toBeGreaterThan(0);
@@ -204,7 +198,7 @@ describe('what it measures', () => {
     expect(runs.map((one: { gamma: number }) => one.gamma)).toEqual([0, 0.01]);
   });
 
-  it('dynamics: every curve raw and smoothed', { timeout: 60_000 }, async () => {
+  it('dynamics: every curve raw and smoothed', async () => {
     const options = resolveOptions('analyze dynamics', { ...small.dynamics, emaDecay: 0.5, device: 'cpu' });
     const { charts } = (await makeReport('dynamics', options))!;
     for (const { id, spec } of charts) {
@@ -227,7 +221,7 @@ describe('what it measures', () => {
     }
   });
 
-  it('mass shift: the exact flow to every output, and its first order', { timeout: 60_000 }, async () => {
+  it('mass shift: the exact flow to every output, and its first order', async () => {
     const flow = await toyFlow({ seed: 42, beta: 0.5, stepSize: 1e-6 });
     expect(flow.pairs.map((pair) => pair.case)).toEqual(['case 1', 'case 2', 'both rise']);
     const sum = (values: number[]): number => values.reduce((a, b) => a + b, 0);
@@ -250,7 +244,7 @@ describe('what it measures', () => {
     }
   });
 
-  it('mass shift: shares of probability add up', { timeout: 60_000 }, async () => {
+  it('mass shift: shares of probability add up', async () => {
     const { text } = await run('mass-shift', { seed: 3 });
     const { responses, runs, toy } = JSON.parse(text('mass-shift.json'));
     const total = responses.reduce((sum: number, r: { logProb: number }) => sum + Math.exp(r.logProb), 0);

@@ -20,43 +20,35 @@ describeWithShared('recorded tokenizers', 'golden/models/templates.json', () => 
   const templates = readSharedJson('golden/models/templates.json');
   const texts = readSharedJson('golden/models/tokenizer-text.json');
 
-  it.each(Object.entries(FOLDERS))(
-    '%s tokenizes and decodes the recorded texts',
-    { timeout: 60_000 },
-    async (name, path) => {
-      const tokenizer = await loadTokenizer(sharedPath(path));
-      const expected = texts.tokenizers[name];
-      const inputs: string[] = texts.texts.map((entry: { text: string }) => entry.text);
-      const ids = await Promise.all(inputs.map((text) => tokenizer.encode(text)));
-      expect(ids).toEqual(expected.ids);
-      const decoded = await Promise.all(ids.map((list) => tokenizer.decode(list)));
-      const different = expected.decoded_if_different;
-      const recorded = inputs.map((text, i) => different[i] ?? text);
-      expect(decoded).toEqual(recorded);
-    },
-  );
+  it.each(Object.entries(FOLDERS))('%s tokenizes and decodes the recorded texts', async (name, path) => {
+    const tokenizer = await loadTokenizer(sharedPath(path));
+    const expected = texts.tokenizers[name];
+    const inputs: string[] = texts.texts.map((entry: { text: string }) => entry.text);
+    const ids = await Promise.all(inputs.map((text) => tokenizer.encode(text)));
+    expect(ids).toEqual(expected.ids);
+    const decoded = await Promise.all(ids.map((list) => tokenizer.decode(list)));
+    const different = expected.decoded_if_different;
+    const recorded = inputs.map((text, i) => different[i] ?? text);
+    expect(decoded).toEqual(recorded);
+  });
 
-  it.each(Object.entries(FOLDERS))(
-    '%s renders and tokenizes the recorded conversations',
-    { timeout: 60_000 },
-    async (name, path) => {
-      const tokenizer = await loadTokenizer(sharedPath(path));
-      const options = name === 'llama3_2' ? { dateString: templates.date_string } : {};
-      for (const [c, { messages }] of templates.conversations.entries()) {
-        const { prompt, whole } = templates.rendered[name][c];
-        const lastUser = messages.findLastIndex((message: { role: string }) => message.role === 'user');
-        const cut = messages.slice(0, lastUser + 1);
-        const promptText = await tokenizer.chatTemplate!.render(cut, { addGenerationPrompt: true, ...options });
-        const wholeText = await tokenizer.chatTemplate!.render(messages, options);
-        expect(promptText).toBe(prompt.text);
-        expect(wholeText).toBe(whole.text);
-        expect(await tokenizer.encode(promptText)).toEqual(prompt.ids);
-        expect(await tokenizer.encode(wholeText)).toEqual(whole.ids);
-      }
-    },
-  );
+  it.each(Object.entries(FOLDERS))('%s renders and tokenizes the recorded conversations', async (name, path) => {
+    const tokenizer = await loadTokenizer(sharedPath(path));
+    const options = name === 'llama3_2' ? { dateString: templates.date_string } : {};
+    for (const [c, { messages }] of templates.conversations.entries()) {
+      const { prompt, whole } = templates.rendered[name][c];
+      const lastUser = messages.findLastIndex((message: { role: string }) => message.role === 'user');
+      const cut = messages.slice(0, lastUser + 1);
+      const promptText = await tokenizer.chatTemplate!.render(cut, { addGenerationPrompt: true, ...options });
+      const wholeText = await tokenizer.chatTemplate!.render(messages, options);
+      expect(promptText).toBe(prompt.text);
+      expect(wholeText).toBe(whole.text);
+      expect(await tokenizer.encode(promptText)).toEqual(prompt.ids);
+      expect(await tokenizer.encode(wholeText)).toEqual(whole.ids);
+    }
+  });
 
-  it('finds special tokens and what is put before a text', { timeout: 60_000 }, async () => {
+  it('finds special tokens and what is put before a text', async () => {
     const llama = await loadTokenizer(sharedPath('data/tokenizers/llama3_2'));
     expect(llama).toMatchObject({ bosToken: { text: '<|begin_of_text|>', id: 128000 }, textPrefix: [128000] });
     expect(llama.vocabSize).toBe(128256);

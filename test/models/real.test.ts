@@ -137,7 +137,7 @@ if (!smollm2 || !existsSync(smollm2)) {
   describe.skip(`SmolLM2-135M-Instruct (${how})`, () => undefined);
 } else
   describeWithShared('SmolLM2-135M-Instruct', 'data/models/smollm2-135m-instruct/golden.json', () => {
-    it('follows the greedy paths and scores the pairs', { timeout: 120_000 }, async () => {
+    it('follows the greedy paths and scores the pairs', async () => {
       const golden = readSharedJson('data/models/smollm2-135m-instruct/golden.json');
       const before = memory().storages;
       {

@@ -75,7 +75,7 @@ describe.skipIf(!able)('the loader (needs a C++ compiler on Linux)', () => {
   beforeAll(() => {
     const files = [join(sources, 'loader.cc'), join(native, 'cuda', 'cublas.cc'), join(native, 'runtime', 'error.cc')];
     execFileSync(compiler, ['-std=c++17', `-I${native}`, ...files, '-ldl', '-o', loader]);
-  }, 60_000);
+  });
   afterAll(() => rmSync(folder, { recursive: true }));
 
   /** A library that has these symbols and says it is this version. */

@@ -66,7 +66,7 @@ describe.skipIf(missingCompiler)(`sanitizers on CUDA kernels (${missingCompiler 
       build = await simtBuild(sanitizer);
     }, BUILD_TIMEOUT);
 
-    test('every small op case', { timeout: 300_000 }, async () => {
+    test('every small op case', { timeout: 900_000 }, async () => {
       const env = { ...options, KEELGRAD_CUBLAS: build, KEELGRAD_DIRECT_ALLOCATION: '1' };
       const result = await run(join(build, 'simt-replay'), [trace, labels[sanitizer]], env);
       if (result.code !== 0) throw new Error(report(result));

@@ -40,7 +40,7 @@ describe.skipIf(missingCompiler)(`schedules of CUDA kernels (${missingCompiler ?
 
   test('there is something to compare', () => expect(Object.keys(expected).length).toBeGreaterThan(500));
 
-  test.for(others)('equal bits: %o', { timeout: 300_000 }, async (env) => {
+  test.for(others)('equal bits: %o', { timeout: 600_000 }, async (env) => {
     const found = await digests(env);
     const different = Object.keys(expected).filter((name) => found[name] !== expected[name]);
     expect(different, `${different.length} differ`).toEqual([]);
