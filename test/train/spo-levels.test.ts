@@ -266,6 +266,29 @@ describeWithShared('term (b) to first order', GOLDEN_SPO, () => {
   });
 });
 
+describeWithShared('term (b) in bfloat16', GOLDEN_SPO, () => {
+  // The paper's α, where the difference of two bfloat16 gradients is rounding and nothing else.
+  it.each([1, 2].flatMap((K) => (['sum', 'token-mean'] as const).map((sft) => [K, sft] as const)))(
+    'to first order is the difference in float64 (K %d, %s)',
+    async (lowerSteps, sftReduction) => {
+      const options = { lowerSteps, sftReduction, lowerLearningRate: 2e-5 };
+      // λ near 0 keeps the pass that λ = 1 has, so that all but the penalty cancels.
+      const part = async (form: Partial<SpoTaskOptions>, dtype: Dtype) => {
+        const [whole, without] = [
+          await evaluate({ ...options, ...form }, dtype, halves),
+          await evaluate({ ...options, ...form, lambda: 1e-12 }, dtype, halves),
+        ];
+        return { b: phi(difference(whole.gradient, without.gradient)), metrics: whole.metrics };
+      };
+      const [low, exact] = [await part({}, 'bfloat16'), await part({ penaltyForm: 'difference' }, 'float64')];
+      expect([low, exact].map(({ metrics }) => metrics['spo/first_order'])).toEqual([1, 0]);
+      expect(relativeError(low.b, exact.b)).toBeLessThan(0.1);
+      expect(Math.abs(low.metrics['spo/sft_gap'] / exact.metrics['spo/sft_gap'] - 1)).toBeLessThan(0.05);
+      expect(Math.abs(low.metrics['spo/term_b'] / norm(exact.b) - 1)).toBeLessThan(0.1);
+    },
+  );
+});
+
 describeWithShared('a step in bfloat16 with gamma above 0', GOLDEN_SPO, () => {
   // Weights round to 8 bits: log-probabilities by up to 1 %, gradients by a few percent of their norm.
   it.each([{}, { normPerToken: true }, { normOver: 'adapters' }, { termNorms: true }] as const)(
