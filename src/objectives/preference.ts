@@ -83,8 +83,15 @@ function requireNames(names: readonly PreferenceLossName[], weights: readonly nu
     throw new KeelgradError(
       `loss type: expected one of ${known.join(', ')}, found ${unknown}${didYouMean(unknown, known)}`,
     );
+  const twice = names.find((name, i) => names.indexOf(name) < i);
+  if (twice !== undefined)
+    throw new KeelgradError(`loss type: expected every loss once, found ${twice} twice; add up its weights`);
   if (weights.length !== names.length)
     throw new KeelgradError(`loss weights: expected ${names.length}, one per loss type, found ${weights.length}`);
+  const bad = weights.find((w) => !(w >= 0 && Number.isFinite(w)));
+  if (bad !== undefined) throw new KeelgradError(`loss weights: expected numbers of at least 0, found ${bad}`);
+  if (weights.every((w) => w === 0))
+    throw new KeelgradError('loss weights: expected one above 0, found 0 for every loss');
 }
 
 /** `labelSmoothing` → `label smoothing`. */
@@ -119,7 +126,8 @@ const libraryNaming = {
 
 /** Settings that are no plain numbers of one loss. */
 function requireSettings(o: PreferenceLossOptions, q: PreferenceParameters, nllWeight: number): void {
-  if (!(nllWeight >= 0)) throw new KeelgradError(`nll weight: expected a number of at least 0, found ${nllWeight}`);
+  if (!(nllWeight >= 0 && Number.isFinite(nllWeight)))
+    throw new KeelgradError(`nll weight: expected a number of at least 0, found ${nllWeight}`);
   requireOneOf('nll reduction', o.nllReduction ?? 'token-mean', Object.keys(nllTerms));
   requireOneOf('f-divergence', q.fDivergenceType, fDivergences);
   const coefficient = q.fAlphaDivergenceCoef;
@@ -138,7 +146,8 @@ function requireOneOf(what: string, found: string, known: readonly string[]): vo
 
 /** Checks what holds for pairs and for labelled responses alike. */
 function requireOptions(o: PreferenceLossOptions, q: PreferenceParameters, nllWeight: number): void {
-  if (!(o.beta > 0)) throw new KeelgradError(`beta: expected a number above 0, found ${o.beta}`);
+  if (!(o.beta > 0 && Number.isFinite(o.beta)))
+    throw new KeelgradError(`beta: expected a number above 0, found ${o.beta}`);
   for (const name of lossParameterNames) requireParameter(name, q[name], namesOf(o));
   requireSettings(o, q, nllWeight);
 }

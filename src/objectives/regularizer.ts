@@ -26,9 +26,14 @@ export interface RegularizerProblem {
   logProb: SequenceFunction;
 }
 
-/** ‖g_i‖² over the chosen variables for sequences 0..count-1: float64 `[1]` each, enqueued, not read. */
+/**
+ * ‖g_i‖² over the chosen variables for sequences 0..count-1: float64 `[1]` each, enqueued, not read.
+ * @throws KeelgradError where no variable is chosen
+ */
 export function squaredGradientNorms(problem: RegularizerProblem, count: number): Tensor[] {
   const { variables, normOver, logProb } = problem;
+  if (!normOver.includes(true))
+    throw new KeelgradError('normOver: expected at least one variable to take the norms over, found none');
   const wanted = variables.filter((_, i) => normOver[i]);
   return Array.from({ length: count }, (_, sequence) =>
     scope(() => {

@@ -23,6 +23,7 @@ export interface SpoWeights {
 /** F = L_DPO + λ [L_SFT - L*_SFT] + γ R (Eq. 9). */
 export function spoObjective(parts: SpoParts, weights: SpoWeights): number {
   for (const [name, value] of Object.entries(weights))
-    if (!(value >= 0)) throw new KeelgradError(`${name}: expected a number of at least 0, found ${value}`);
+    if (!(value >= 0 && Number.isFinite(value)))
+      throw new KeelgradError(`${name}: expected a number of at least 0, found ${value}`);
   return parts.dpo + weights.lambda * (parts.sft - parts.sftStar) + weights.gamma * parts.regularizer;
 }

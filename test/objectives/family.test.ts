@@ -400,6 +400,12 @@ describe('refusals', () => {
   it.each<[Partial<PreferenceLossOptions>, string]>([
     [{ lossType: [] }, 'expected at least one of sigmoid'],
     [{ lossType: 'simp' as never }, 'did you mean "simpo"?'],
+    [{ beta: Number.POSITIVE_INFINITY }, 'beta: expected a number above 0, found Infinity'],
+    [{ lossType: ['sigmoid', 'ipo', 'sigmoid'] }, 'expected every loss once, found sigmoid twice'],
+    [{ lossType: ['sigmoid', 'ipo'], lossWeights: [1, -1] }, 'loss weights: expected numbers of at least 0, found -1'],
+    [{ lossType: ['sigmoid', 'ipo'], lossWeights: [Number.NaN, 1] }, 'expected numbers of at least 0, found NaN'],
+    [{ lossType: ['sigmoid', 'ipo'], lossWeights: [0, 0] }, 'loss weights: expected one above 0'],
+    [{ nllWeight: Number.POSITIVE_INFINITY }, 'nll weight: expected a number of at least 0, found Infinity'],
     [{ lossType: 'exo_pair' }, 'exo_pair needs a label smoothing above 0'],
     [{ simpoGamma: 1 }, 'simpo gamma 1 has no meaning for sigmoid; simpo defines it, and so do alphapo'],
     [{ dpopLambda: 1 }, 'dpop lambda 1 has no meaning for sigmoid; dpop defines it'],

@@ -263,6 +263,7 @@ describe('squared gradient norms', () => {
       expect(of([true, true])).toEqual([2 ** 2 + 15 ** 2 + 10 ** 2, 1]);
       expect(of([true, false])).toEqual([2 ** 2 + 15 ** 2, 0]);
       expect(of([false, true])).toEqual([100, 1]);
+      expect(() => of([false, false])).toThrow(/normOver: expected at least one variable/);
     });
   });
 
@@ -286,5 +287,6 @@ describe('spoObjective', () => {
     expect(spoObjective(parts, { lambda: 0, gamma: 0 })).toBe(1);
     expect(() => spoObjective(parts, { lambda: -1, gamma: 0 })).toThrow(/lambda: expected a number of at least 0/);
     expect(() => spoObjective(parts, { lambda: 0, gamma: Number.NaN })).toThrow(/gamma/);
+    expect(() => spoObjective(parts, { lambda: Number.POSITIVE_INFINITY, gamma: 0 })).toThrow(/lambda/);
   });
 });

@@ -364,6 +364,55 @@ describe('solvers of the lower level', () => {
   });
 });
 
+describe('the lower level of the optimizer', () => {
+  // g = ½|θ - Aφ|² pulls each coordinate by its distance d alone: every solver has its closed recursion in d.
+  const phi = [0.7, -1.1];
+  const start = [2, -3];
+  const rate = 0.1;
+
+  function distances(solver: 'gradient' | 'momentum' | 'adam', steps: number, from: readonly number[]): number[] {
+    return from.map((d0) => {
+      let [d, first, second] = [d0, 0, 0];
+      for (let k = 1; k <= steps; k++) {
+        const g = d;
+        if (solver === 'adam') {
+          first = 0.9 * first + 0.1 * g;
+          second = 0.999 * second + 0.001 * g * g;
+          d -= (rate * first) / (1 - 0.9 ** k) / (Math.sqrt(second / (1 - 0.999 ** k)) + 1e-8);
+        } else {
+          first = (solver === 'momentum' ? 0.9 : 0) * first + g;
+          d -= rate * first;
+        }
+      }
+      return d;
+    });
+  }
+
+  const optimum = (d: readonly number[]): number => d.reduce((total, x) => total + 0.5 * x * x, 0);
+
+  it.each([
+    ['gradient', 3],
+    ['momentum', 4],
+    ['adam', 4],
+  ] as const)('%s, %d steps: started warm it goes on where it ended, else at θ', (solver, steps) => {
+    for (const warmStart of [true, false])
+      scope(() => {
+        using optimizer = new BilevelOptimizer(quadratic(vector(start), vector(phi)), {
+          penalty: 1,
+          lowerLevel: { steps, learningRate: rate, solver, warmStart },
+          learningRates: { lower: 0, upper: 0 },
+        });
+        const image = times(A, phi);
+        let d = start.map((x, i) => x - image[i]);
+        for (let outer = 0; outer < 3; outer++) {
+          const from = warmStart || outer === 0 ? d : start.map((x, i) => x - image[i]);
+          d = distances(solver, steps, from);
+          expect(optimizer.step().lowerOptimum.item(), `${outer}, warm ${warmStart}`).toBeCloseTo(optimum(d), 11);
+        }
+      });
+  });
+});
+
 describe('bad input', () => {
   const make =
     (change: Partial<BilevelOptions>, terms: BilevelProblem['terms'] = []) =>
@@ -388,7 +437,11 @@ describe('bad input', () => {
       { lowerLevel: { steps: 1, learningRate: 0 } },
       /lower learning rate \(alpha\): expected a number above 0, found 0/,
     ],
-    [{ learningRates: { lower: -1, upper: 0 } }, /lower learning rate: expected at least 0, found -1/],
+    [{ learningRates: { lower: -1, upper: 0 } }, /lower learning rate: expected a number of at least 0, found -1/],
+    [
+      { learningRates: { lower: 0, upper: Number.POSITIVE_INFINITY } },
+      /upper learning rate: expected a number of at least 0, found Infinity/,
+    ],
   ] as [Partial<BilevelOptions>, RegExp][])('%j', (change, message) => {
     expect(make(change)).toThrow(message);
   });

@@ -1,9 +1,12 @@
 // What a step of SPO measures of the gradients of single sequences: where, in passes of how many pairs, without waiting; and
 // models with an op that cannot keep them apart.
 import { afterEach, describe, expect, it, vi } from 'vitest';
+import type { PreferenceExample } from '../../src/data/tokenize.js';
 import { CausalLM } from '../../src/models/causal-lm.js';
+import { squaredGradientNorms } from '../../src/objectives/index.js';
 import { RecordedGradients } from '../../src/objectives/sequence-gradients.js';
 import { mul } from '../../src/ops/elementwise.js';
+import { scope } from '../../src/tensor/scope.js';
 import { memory } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
 import type { Metrics } from '../../src/train/hooks.js';
@@ -20,6 +23,7 @@ import {
   openSpoModel,
   type Precision,
   readSpo,
+  regularizerProblem,
 } from '../objectives/spo-support.js';
 import { describeWithShared } from '../shared.js';
 import { difference, norm, relativeError, type Tensors } from './support.js';
@@ -41,8 +45,12 @@ interface Evaluation {
 
 type Prepare = (task: SpoTask) => void;
 
-function taskOf(model: CausalLM, given: Partial<SpoTaskOptions>, groups: readonly GroupName[] = both) {
-  const examples = examplesOf('qwen2');
+function taskOf(
+  model: CausalLM,
+  given: Partial<SpoTaskOptions>,
+  groups: readonly GroupName[] = both,
+  examples: readonly PreferenceExample[] = examplesOf('qwen2'),
+) {
   const reference = {
     chosen: Float64Array.from(examples, (e) => e.refChosenLogp!),
     rejected: Float64Array.from(examples, (e) => e.refRejectedLogp!),
@@ -61,10 +69,14 @@ function taskOf(model: CausalLM, given: Partial<SpoTaskOptions>, groups: readonl
 
 async function evaluate(
   given: Partial<SpoTaskOptions>,
-  { dtype = 'float64', prepare }: { dtype?: Precision; prepare?: Prepare } = {},
+  {
+    dtype = 'float64',
+    prepare,
+    examples,
+  }: { dtype?: Precision; prepare?: Prepare; examples?: readonly PreferenceExample[] } = {},
 ): Promise<Evaluation> {
   using model = await openSpoModel('qwen2', dtype);
-  const { trainable, task } = taskOf(model, given);
+  const { trainable, task } = taskOf(model, given, both, examples);
   prepare?.(task);
   try {
     const { losses, metrics } = await task.accumulate({ step: 0, microBatches: [[0, 1, 2, 3]] });
@@ -90,6 +102,41 @@ const pairsAtATime =
   };
 
 afterEach(() => void vi.restoreAllMocks());
+
+describeWithShared('pairs without a prompt', GOLDEN_SPO, () => {
+  // Their responses share nothing, and their first token has nothing to be predicted from.
+  const examples = examplesOf('qwen2').map((e, i) => (i % 2 === 1 ? { ...e, promptIds: new Int32Array() } : e));
+
+  it.each([{}, { normPerToken: true }, { lowerSteps: 0 }])('%j: beside others as by themselves', async (given) => {
+    const whole = await evaluate(given, { examples });
+    const single = await evaluate(given, { examples, prepare: pairsAtATime(1) });
+    const differences = await evaluate({ ...given, regularizerMethod: 'finite-differences' }, { examples });
+    for (const group of both) {
+      const of = ({ gradient }: Evaluation): Tensors => groupPart(gradient, group);
+      expect(relativeError(of(whole), of(single)), group).toBeLessThan(1e-11);
+      expect(relativeError(of(whole), of(differences)), group).toBeLessThan(1e-6);
+    }
+    expect(whole.metrics['spo/active_fraction']).toBeGreaterThan(0);
+    using model = await openSpoModel('qwen2', 'float64');
+    const norms = scope(() =>
+      squaredGradientNorms(regularizerProblem(model, examples, 'all'), 2 * examples.length).map((t) =>
+        Math.sqrt(t.item()),
+      ),
+    );
+    const mean = (values: readonly number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
+    const count = examples.length;
+    expect(Math.abs(whole.metrics['grad_norm/chosen'] / mean(norms.slice(0, count)) - 1)).toBeLessThan(1e-11);
+    expect(Math.abs(whole.metrics['grad_norm/rejected'] / mean(norms.slice(count)) - 1)).toBeLessThan(1e-11);
+    // By token: by those that are predicted.
+    const tokens = (['chosenIds', 'rejectedIds'] as const).flatMap((half) =>
+      examples.map((e) => e[half].length - Number(e.promptIds.length === 0)),
+    );
+    const scaled = norms.map((n, i) => n / ('normPerToken' in given ? tokens[i] : 1));
+    const R = mean(examples.map((_, i) => Math.max(0, scaled[i] - scaled[i + count])));
+    expect(R).toBeGreaterThan(0);
+    expect(Math.abs(whole.metrics['spo/regularizer'] / R - 1)).toBeLessThan(1e-10);
+  });
+});
 
 describeWithShared('gradients of single sequences', GOLDEN_SPO, () => {
   it.each([

@@ -83,7 +83,8 @@ export class BilevelOptimizer {
     for (const group of ['lower', 'upper'] as const) {
       if (problem[group].size === 0) throw new KeelgradError(`${group} variables: expected at least one, found none`);
       const rate = options.learningRates[group];
-      if (!(rate >= 0)) throw new KeelgradError(`${group} learning rate: expected at least 0, found ${rate}`);
+      if (!(rate >= 0 && Number.isFinite(rate)))
+        throw new KeelgradError(`${group} learning rate: expected a number of at least 0, found ${rate}`);
     }
     for (const { name, weight } of problem.terms ?? [])
       if (!(weight >= 0 && Number.isFinite(weight)))
