@@ -167,7 +167,7 @@ export const spoOptions = {
     methods: ['spo'],
     group: groups.objective,
     default: false,
-    help: 'reports the norms of terms (c) and (e) too; costs a pass over the backbone and a buffer of its size',
+    help: 'with gamma above 0 or lower steps 0, reports the norms of terms (c) and (e) too; costs a pass over the backbone and a buffer of its size',
   },
   gradNorms: {
     type: 'string',

@@ -172,6 +172,12 @@ const spoSwitches: readonly DeadSwitch[] = [
   },
   {
     keys: ['termNorms'],
+    dead: (chosen) => chosen.gamma === 0 && chosen.lowerSteps !== 0 && chosen.ldAlpha === 1,
+    because: (naming) => `with a lower level and ${naming.setting('gamma', 0)}: all terms are reported without it`,
+    remedy: () => 'leave it out',
+  },
+  {
+    keys: ['termNorms'],
     dead: (chosen) => chosen.ldAlpha !== 1,
     because: (naming, chosen) =>
       `with ${naming.setting('ldAlpha', chosen.ldAlpha as Value)}, which weighs tokens: the terms are then not told apart`,

@@ -50,7 +50,10 @@ export type SpoTaskOptions = PreferenceSettings &
      * rounding, else the difference.
      */
     penaltyForm?: PenaltyForm;
-    /** Reports the norms of terms (c) and (e) as well, which cost a pass over the backbone and a buffer of its size. */
+    /**
+     * Reports the norms of terms (c) and (e) as well where they cost a pass over the backbone and a buffer of its size: with gamma
+     * above 0, and without a lower level.
+     */
     termNorms?: boolean;
     /**
      * Whether to measure the gradients of single sequences (their norms and cosine, R) where gamma does not need it: `auto`,

@@ -1,5 +1,5 @@
 // What the terms (a) to (e) of SPO's gradient weigh in a step (spo.md §2): their norms, read off the buffers between the
-// passes. Those of the adapters, and (d), cost next to nothing; (c) and (e) take a pass over θ and a buffer of its size.
+// passes. Those of the adapters, and (d), cost next to nothing, (c) a pass over θ; beside (e) it takes a buffer of θ's size.
 import { GradientBuffers } from '../autograd/sinks.js';
 import { add, addInPlace, mul, sub } from '../ops/elementwise.js';
 import { clone, zeros } from '../ops/movement.js';
@@ -26,7 +26,7 @@ export interface TermWeights {
   lambda: number;
   /** Whether the main pass gives the adapters λ ∇_φ L_SFT. */
   penalizeAdapters: boolean;
-  /** (c) and (e) as well. */
+  /** (c) and (e) as well where the regularizer adds to θ's gradient. */
   all: boolean;
   /** Whether there is a lower level; without one (b) is 0. */
   lower: boolean;
@@ -60,7 +60,7 @@ export class TermMeter {
       this.noteWithout('a', this.of('adapters'), second, penalizeAdapters ? lambda : 0);
       if (second) this.noteD(second);
       if (second && lower) this.noteSft(second);
-      if (second && all) this.noteWithout('c', this.of('backbone'), second, lambda);
+      if (second && (all || this.regularizer.size === 0)) this.noteWithout('c', this.of('backbone'), second, lambda);
       this.addRegularizer();
     });
     this.aside = this.setAside((name, t) => {
@@ -202,7 +202,10 @@ export class TermMeter {
     const total = scope(() => {
       const sum = zeros([1], { dtype: 'float64', device: this.trainable.model.device });
       for (const [key, t] of from)
-        scope(() => addInPlace(sum, sumOfSquares([scale === 0 ? t : sub(t, mul(other!.get(key)!, scale))])));
+        scope(() => {
+          const part = (): Tensor => (scale === 1 ? other!.get(key)! : mul(other!.get(key)!, scale));
+          addInPlace(sum, sumOfSquares([scale === 0 ? t : sub(t, part())]));
+        });
       return sum;
     });
     this.squares.set(name, detachFromScope(total));

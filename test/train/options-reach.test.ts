@@ -306,15 +306,16 @@ it.each([
 });
 
 it.each([
-  [0, ['spo/share_c', 'spo/term_c']],
-  [0.5, ['spo/share_c', 'spo/share_e', 'spo/term_c', 'spo/term_e']],
-])('termNorms with gamma %d changes what spo reports, not what it learns', async (gamma, names) => {
+  [{ gamma: 0, 'lower-steps': 0, 'lower-learning-rate': undefined }, ['c', 'd']],
+  [{ gamma: 0.5 }, ['c', 'e']],
+])('termNorms with %j changes what spo reports, not what it learns', async (setting, terms) => {
   const data = folder.write('norms.json', fixturePairs(7));
-  const given = { model, data, ...base.spo, gamma };
+  const given = { model, data, ...base.spo, ...setting };
+  const names = ['share', 'term'].flatMap((kind) => terms.map((term) => `spo/${kind}_${term}`));
   const [without, reported] = [await train('spo', given), await train('spo', { ...given, 'term-norms': true })];
   const more = Object.keys(reported.metrics[0]).filter((name) => !(name in without.metrics[0]));
   expect(more.sort()).toEqual(names);
   // Term (e) is added up apart, which rounds in another order.
   for (const [i, { loss }] of without.metrics.entries()) expect(reported.metrics[i].loss).toBeCloseTo(loss, 4);
-  if (gamma === 0) expect(savedBytes(reported.result.output)).toBe(savedBytes(without.result.output));
+  if (setting.gamma === 0) expect(savedBytes(reported.result.output)).toBe(savedBytes(without.result.output));
 });

@@ -596,6 +596,7 @@ describe('combinations in which an option would do nothing', () => {
       '--lambda-ramp-steps has no effect with --lambda-schedule constant; leave it out, or use --lambda-schedule linear',
     ],
     ['spo', { lambda: 0, termNorms: true }, '--term-norms has no effect with --lambda 0 and --gamma 0'],
+    ['spo', { termNorms: true }, '--term-norms has no effect with a lower level and --gamma 0: all terms are reported'],
     ['spo', { ldAlpha: 0.5, termNorms: true }, '--term-norms has no effect with --ld-alpha 0.5, which weighs tokens'],
     [
       'spo',
