@@ -5,6 +5,13 @@ import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import type { Chart, Point } from '../../src/analyze/charts.js';
 import { makeReport, runAnalysis } from '../../src/analyze/commands.js';
+import {
+  assignSets,
+  likeliestOutside,
+  type MassShiftOptions,
+  massShiftReport,
+  type SampledResponse,
+} from '../../src/analyze/mass-shift.js';
 import { drawSvg } from '../../src/analyze/report.js';
 import { toyFlow } from '../../src/analyze/toy.js';
 import { assets } from '../../src/demo/settings.js';
@@ -323,6 +330,43 @@ describe('theory', () => {
     expect(without.text('theory.html')).toContain('Other responses: the chosen response of the next record.');
     writeFileSync(data, JSON.stringify({ ...first, others: [] }));
     expect((await run('theory', { data, pairs: 1 })).text('theory.html')).not.toContain('Other responses');
+  });
+});
+
+describe('mass shift', () => {
+  it('y* is the likeliest that is not preferred; Theorem 2’s, the likeliest in no pair, may be a preferred one', () => {
+    const sets = (preferred: string, perSet: number) => {
+      const found = assignSets(
+        [...preferred].map((letter) => ({ preferred: letter === 'p' })),
+        perSet,
+      );
+      return [found.map(({ set }) => set), likeliestOutside(found)];
+    };
+    expect(sets('pddp', 1)).toEqual([['Y_w', 'y*', 'Y_l', 'others'], 1]);
+    expect(sets('ppdd', 1)).toEqual([['Y_w', 'others', 'y*', 'Y_l'], 1]);
+    expect(sets('ddppd', 2)).toEqual([['y*', 'Y_l', 'Y_w', 'Y_w', 'Y_l'], 0]);
+    expect(sets('pdddp', 1)).toEqual([['Y_w', 'y*', 'Y_l', 'others', 'others'], 1]);
+  });
+
+  it('says whose y* it followed', async () => {
+    const same = { ids: [1], preferred: false, set: 'y*', logProb: -1 } as const;
+    const other = { ids: [2], preferred: true, set: 'others', logProb: -0.5 } as const;
+    const options = { samples: 2, dpo: {}, spo: {} } as MassShiftOptions;
+    const toy = await toyFlow({ seed: 1, beta: 0.5, stepSize: 1e-3 });
+    const reportOf = (responses: SampledResponse[]) => {
+      const looks = [0, 1].map((updates) => ({
+        updates,
+        logProbs: responses.map(({ logProb }, i) => logProb - updates * (i + 1)),
+      }));
+      const facts = { model: 'm', prompt: 'q', texts: responses.map(({ ids }) => `answer ${ids[0]}`) };
+      return massShiftReport({ responses, runs: [{ method: 'dpo', looks }] }, options, facts, toy);
+    };
+    const agreeing = reportOf([same, other]);
+    expect(agreeing.introduction[1]).toContain('is this one here');
+    expect(agreeing.findings[0]).not.toContain('Theorem 2');
+    const differing = reportOf([other, same]);
+    expect(differing.introduction[1]).toContain('another one here, a preferred one: “answer 2”');
+    expect(differing.findings[0]).toContain('Theorem 2’s y* -1');
   });
 });
 
