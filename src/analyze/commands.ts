@@ -23,7 +23,7 @@ import type { ModelSource, PreferenceMethod } from './runs.js';
 import { sensitivityReport, sweep } from './sensitivity.js';
 import { measureTerms } from './terms.js';
 import { termsReport } from './terms-report.js';
-import { analyzeTheory, type TheoryPair } from './theory.js';
+import { analyzeTheory, checkTheoryOptions, type TheoryPair } from './theory.js';
 import { theoryReport } from './theory-report.js';
 import { toyFlow } from './toy.js';
 
@@ -50,10 +50,14 @@ type Pairs = PreparedData<PreferenceExample>;
 
 const some = (data: Pairs, from: number, to: number): Pairs => ({ ...data, examples: data.examples.slice(from, to) });
 
-async function openPairs(options: { model: string; data: string; maxLength?: number }, ground: Ground): Promise<Pairs> {
-  const data = await preparePreferenceData(options.data, { tokenizer: ground.tokenizer, maxLength: options.maxLength });
-  for (const warning of data.warnings) ground.hooks.onMessage?.(warning);
-  if (data.examples.length === 0) throw new KeelgradError(`${options.data}: expected preference pairs, found none`);
+async function openPairs(
+  { data: path, maxLength }: { data: string; maxLength?: number },
+  { tokenizer, hooks }: Ground,
+  others = false,
+): Promise<Pairs> {
+  const data = await preparePreferenceData(path, { tokenizer, maxLength, others });
+  for (const warning of data.warnings) hooks.onMessage?.(warning);
+  if (data.examples.length === 0) throw new KeelgradError(`${path}: expected preference pairs, found none`);
   return data;
 }
 
@@ -94,26 +98,39 @@ function split(data: Pairs, probePairs: number): { train: Pairs; probe: readonly
   return { train: some(data, 0, count - probePairs), probe: data.examples.slice(count - probePairs) };
 }
 
-async function theory(options: AnalyzeOptions<'theory'>, ground: Ground): Promise<Report> {
-  const { examples } = await openPairs(options, ground);
-  const used = examples.slice(0, options.pairs);
+/** Pairs with other responses, the record's own or the chosen one of the next record; and in words, which. */
+function theoryPairs(examples: readonly PreferenceExample[], count: number): { pairs: TheoryPair[]; others?: string } {
+  const used = examples.slice(0, count);
   const pairs = used.map((example, i): TheoryPair => {
-    const other = examples[(i + 1) % examples.length];
-    return { ...example, others: other === example ? [] : [other.chosenIds] };
+    const next = examples[(i + 1) % examples.length];
+    return { ...example, others: example.others ?? (next === example ? [] : [next.chosenIds]) };
   });
-  using model = await loadModel(options.model, {
-    dtype: options.dtype,
-    device: ground.device,
-    adapter: options.adapter,
-  });
+  const own = used.filter((example) => example.others).length;
+  if (pairs.every((pair) => pair.others?.length === 0)) return { pairs };
+  const next = 'the chosen response of the next record';
+  if (own === 0) return { pairs, others: next };
+  return {
+    pairs,
+    others: `the field “others” of ${own} of ${used.length} records${own < used.length ? `, else ${next}` : ''}`,
+  };
+}
+
+async function theory(options: AnalyzeOptions<'theory'>, ground: Ground): Promise<Report> {
   const settings = {
     beta: options.beta,
     stepSizes: options.stepSizes,
     signal: ground.hooks.signal,
     onProgress: (done: number, total: number) => ground.hooks.onPhase?.('pairs', done, total),
   };
+  checkTheoryOptions(settings); // before anything is read
+  const { pairs, others } = theoryPairs((await openPairs(options, ground, true)).examples, options.pairs);
+  using model = await loadModel(options.model, {
+    dtype: options.dtype,
+    device: ground.device,
+    adapter: options.adapter,
+  });
   const results = await analyzeTheory(model, pairs, settings);
-  return theoryReport(results, settings, { model: options.model, dtype: options.dtype });
+  return theoryReport(results, settings, { model: options.model, dtype: options.dtype, others });
 }
 
 async function dynamics(options: AnalyzeOptions<'dynamics'>, ground: Ground): Promise<Report | undefined> {

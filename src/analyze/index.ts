@@ -55,6 +55,7 @@ export { termsReport } from './terms-report.js';
 export {
   analyzeTheory,
   type Corollary1,
+  type Corollary1Bounds,
   type Corollary2,
   corollary1,
   corollary2,

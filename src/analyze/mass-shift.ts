@@ -32,7 +32,10 @@ export interface MassShiftOptions {
   readonly onProgress?: (method: PreferenceMethod, updates: number) => void;
 }
 
-/** `Y_w`: preferred; `Y_l`: dispreferred; `y*`: the likeliest dispreferred one, in no pair; `others`: the rest. */
+/**
+ * `Y_w`: preferred; `Y_l`: dispreferred; `y*`: the likeliest that is not preferred, in no pair, as figure 2 has it; `others`: the
+ * rest. Theorem 2's y*, the likeliest in no pair, is another one where a preferred response that Y_w has no room for is likelier.
+ */
 export type ResponseSet = 'Y_w' | 'Y_l' | 'y*' | 'others';
 export const responseSets: readonly ResponseSet[] = ['Y_w', 'Y_l', 'y*', 'others'];
 
@@ -94,6 +97,10 @@ export function assignSets<R extends { preferred: boolean }>(
     return { ...r, set: dispreferred++ <= perSet ? 'Y_l' : 'others' };
   });
 }
+
+/** Index of Theorem 2's y* among responses, the likeliest first: the first one in no pair. */
+export const likeliestOutside = (responses: readonly { set: ResponseSet }[]): number =>
+  responses.findIndex(({ set }) => set !== 'Y_w' && set !== 'Y_l');
 
 function requireBoth(responses: readonly SampledResponse[], options: MassShiftOptions): void {
   const count = (set: ResponseSet): number => responses.filter((r) => r.set === set).length;
@@ -171,6 +178,11 @@ function finding(shift: MassShift, { method, looks }: MassShift['runs'][number])
       (row, i) =>
         `${row.set} ${formatNumber(row.change)} (mass ${formatNumber(first.rows[i].mass)} → ${formatNumber(row.mass)})`,
     );
+  const star = likeliestOutside(shift.responses);
+  if (shift.responses[star].set !== 'y*') {
+    const [before, after] = [looks[0], looks[looks.length - 1]].map(({ logProbs }) => logProbs[star]);
+    moves.push(`Theorem 2’s y* ${formatNumber(after - before)}`);
+  }
   return (
     `${method.toUpperCase()}, mean change of log π in nats after ${looks[looks.length - 1].updates} steps: ${moves.join(', ')}; ` +
     `responses that were not sampled: mass ${formatNumber(first.unseenMass)} → ${formatNumber(last.unseenMass)}.`
@@ -202,12 +214,16 @@ export function massShiftReport(
     }),
   );
   const x = 'optimizer steps';
+  const star = likeliestOutside(shift.responses);
   const last = shift.runs.map(({ looks }) => looks[looks.length - 1].logProbs);
   return {
     id: 'mass-shift',
     title: 'Where probability goes: one prompt, DPO and SPO',
     introduction: [
-      `${facts.model} answered “${facts.prompt}” ${options.samples} times; ${shift.responses.length} distinct responses ended. Y_w: the likeliest preferred ones; y*: the likeliest dispreferred one, in no pair; Y_l: the next likeliest dispreferred ones. Every member of Y_w is paired with every member of Y_l, and the model trained on these pairs by DPO and by SPO${lossNote(options.spo)}.`,
+      `${facts.model} answered “${facts.prompt}” ${options.samples} times; ${shift.responses.length} distinct responses ended. Y_w: the likeliest preferred ones; y*: the likeliest one that is not preferred, as in figure 2, in no pair; Y_l: the next likeliest dispreferred ones. Every member of Y_w is paired with every member of Y_l, and the model trained on these pairs by DPO and by SPO${lossNote(options.spo)}.`,
+      shift.responses[star].set === 'y*'
+        ? 'Theorem 2’s y*, the likeliest response in no pair, is this one here.'
+        : `Theorem 2’s y*, the likeliest response in no pair, is another one here, a preferred one: “${facts.texts[star]}”.`,
       'Sampling shows some outputs of a real model. Below, a toy model shows all of its own.',
     ],
     findings: [...shift.runs.map((run) => finding(shift, run)), ...toyFindings(toy)],

@@ -21,7 +21,7 @@ export interface TheoryPair {
 export interface TheoryOptions {
   /** β of DPO. */
   readonly beta: number;
-  /** Step sizes η of the one plain gradient step; the error's order is read off neighbouring ones. */
+  /** Step sizes η of the one plain gradient step, falling; the error's order is read off neighbouring ones. */
   readonly stepSizes: readonly number[];
   /** Variables that the step moves; all that the model has unless given. */
   readonly groups?: readonly GroupName[];
@@ -64,13 +64,20 @@ export interface TheoryResult {
 }
 
 /** Eqs. 4 and 5, divided by π: bounds on Δlog π / η. */
-export interface Corollary1 {
+export interface Corollary1Bounds {
   /** Δlog π(y_w)/η is at least this. */
   readonly lowerChosen: number;
   /** Δlog π(y_l)/η is at most this. */
   readonly upperRejected: number;
   /** What the bound's sign promises: the chosen response rises (‖g_w‖ > ‖g_l‖), or the rejected one falls. */
   readonly promises: 'chosen rises' | 'rejected falls' | 'nothing';
+}
+
+/** The bounds beside what was measured. */
+export interface Corollary1 extends Corollary1Bounds {
+  /** Whether the measured changes kept to the bounds, by step size: large steps may break what is of first order. */
+  readonly heldChosen: readonly boolean[];
+  readonly heldRejected: readonly boolean[];
 }
 
 /**
@@ -89,7 +96,7 @@ export interface Corollary2 {
 const sigmoid = (x: number): number => (x >= 0 ? 1 / (1 + Math.exp(-x)) : 1 - 1 / (1 + Math.exp(x)));
 
 /** Corollary 1 from ‖g_w‖, ‖g_l‖ and β(1 - σ(s)). */
-export function corollary1(weight: number, normChosen: number, normRejected: number): Corollary1 {
+export function corollary1(weight: number, normChosen: number, normRejected: number): Corollary1Bounds {
   const excess = normChosen - normRejected;
   return {
     lowerChosen: weight * normChosen * excess,
@@ -130,11 +137,35 @@ function orders(errors: readonly number[], stepSizes: readonly number[]): number
     .map((order) => (Number.isFinite(order) ? order : Number.NaN));
 }
 
-function checkOptions({ beta, stepSizes }: TheoryOptions): void {
-  if (!(beta > 0)) throw new KeelgradError(`beta: expected a number above 0, found ${beta}`);
-  const bad = stepSizes.find((eta) => !(eta > 0 && Number.isFinite(eta)));
+const isPositive = (x: number): boolean => x > 0 && Number.isFinite(x);
+
+/** @throws KeelgradError for β or step sizes that are not finite and above 0, and for step sizes that do not fall */
+export function checkTheoryOptions({ beta, stepSizes }: Pick<TheoryOptions, 'beta' | 'stepSizes'>): void {
+  if (!isPositive(beta)) throw new KeelgradError(`[theory] beta: expected a finite number above 0, found ${beta}`);
+  const bad = stepSizes.find((eta) => !isPositive(eta));
   if (stepSizes.length === 0 || bad !== undefined)
-    throw new KeelgradError(`stepSizes: expected step sizes above 0, found ${bad ?? 'none'}`);
+    throw new KeelgradError(`[theory] step sizes: expected finite numbers above 0, found ${bad ?? 'none'}`);
+  // The last one is what reports call the smallest; two equal ones have no order of the error between them.
+  if (stepSizes.some((eta, k) => k > 0 && !(eta < stepSizes[k - 1])))
+    throw new KeelgradError(
+      `[theory] step sizes: expected different ones in falling order, found ${stepSizes.join(', ')}; ` +
+        `try ${[...new Set(stepSizes)].sort((a, b) => b - a).join(', ')}`,
+    );
+}
+
+/** What the bounds promise beside what was measured, to within the rounding of log π. */
+function checkedBounds(
+  bounds: Corollary1Bounds,
+  [chosen, rejected]: readonly SequenceChange[],
+  stepSizes: readonly number[],
+  epsilon: number,
+): Corollary1 {
+  const rounding = ({ logProb }: SequenceChange): number => 8 * epsilon * Math.abs(logProb);
+  return {
+    ...bounds,
+    heldChosen: stepSizes.map((eta, k) => chosen.measured[k] >= eta * bounds.lowerChosen - rounding(chosen)),
+    heldRejected: stepSizes.map((eta, k) => rejected.measured[k] <= eta * bounds.upperRejected + rounding(rejected)),
+  };
 }
 
 async function analyzePair(model: CausalLM, pair: TheoryPair, options: TheoryOptions): Promise<TheoryResult> {
@@ -184,6 +215,7 @@ async function analyzePair(model: CausalLM, pair: TheoryPair, options: TheoryOpt
     };
   });
   const [normChosen, normRejected] = [Math.sqrt(squaredChosen), Math.sqrt(squaredRejected)];
+  const epsilon = model.dtype === 'float64' ? Number.EPSILON : 2 ** -23;
   return {
     s,
     weight,
@@ -194,7 +226,7 @@ async function analyzePair(model: CausalLM, pair: TheoryPair, options: TheoryOpt
     termChosen: squaredChosen - inner,
     termRejected: inner - squaredRejected,
     sequences: changes,
-    corollary1: corollary1(weight, normChosen, normRejected),
+    corollary1: checkedBounds(corollary1(weight, normChosen, normRejected), changes, options.stepSizes, epsilon),
     corollary2: corollary2({
       squaredChosen,
       squaredRejected,
@@ -209,14 +241,14 @@ async function analyzePair(model: CausalLM, pair: TheoryPair, options: TheoryOpt
  * Theorem 1 and its corollaries on pairs, one at a time: gradients, first-order predictions, and the changes that one plain
  * gradient step of every size brings. The model's weights are not touched. Memory: four times the variables.
  *
- * @throws KeelgradError for β or step sizes that are not above 0, and in bfloat16, whose rounding hides such steps
+ * @throws KeelgradError as checkTheoryOptions does, and in bfloat16, whose rounding hides such steps
  */
 export async function analyzeTheory(
   model: CausalLM,
   pairs: readonly TheoryPair[],
   options: TheoryOptions,
 ): Promise<TheoryResult[]> {
-  checkOptions(options);
+  checkTheoryOptions(options);
   if (model.dtype !== 'float32' && model.dtype !== 'float64')
     throw new KeelgradError(
       `[theory] expected a model in float32 or float64, found ${model.dtype}, whose rounding hides small steps; load it in float64`,

@@ -74,7 +74,7 @@ const commands: { readonly [M in Method]: CommandSpec<M> } = {
   },
   'analyze theory': {
     summary: 'what one step of DPO does: Theorem 1 and its corollaries, predicted and measured',
-    about: `Predicted and measured change of log-probabilities after one plain gradient step of DPO on each pair: Theorem 1, both corollaries, and where they fail. ${reportFiles}`,
+    about: `Predicted and measured change of log-probabilities after one plain gradient step of DPO on each pair: Theorem 1, both corollaries, and where they fail. Other responses are followed too: those of a record's field others (a list in the form of chosen), else the next record's chosen one. ${reportFiles}`,
     example: 'keelgrad analyze theory --model SmolLM2-135M --data pairs.jsonl --pairs 4 --output theory',
     run: runAnalysis('theory'),
   },

@@ -25,18 +25,21 @@ interface IdPair {
   readonly promptIds: readonly number[];
   readonly chosenIds: readonly number[];
   readonly rejectedIds: readonly number[];
+  readonly others?: readonly (readonly number[])[];
 }
 interface TextPair {
   readonly kind: 'text';
   readonly prompt: string;
   readonly chosen: string;
   readonly rejected: string;
+  readonly others?: readonly string[];
 }
 interface ChatPair extends ChatContext {
   readonly kind: 'chat';
   readonly prompt: readonly ChatMessage[];
   readonly chosen: readonly ChatMessage[];
   readonly rejected: readonly ChatMessage[];
+  readonly others?: readonly (readonly ChatMessage[])[];
 }
 export type PreferenceRecord = Located & {
   readonly refChosenLogp?: number;
@@ -226,8 +229,31 @@ function readStringPair(
   return { kind: 'chat', prompt, ...responses, ...reader.context() };
 }
 
-/** Reads one preference record. */
-export function readPreferenceRecord(record: RawRecord): PreferenceRecord {
+/** A pair with the responses of the field `others`: each in the pair's form, each behind the prompt. */
+function withOthers(reader: RecordReader, pair: IdPair | TextPair | ChatPair): IdPair | TextPair | ChatPair {
+  if (!reader.has('others')) return pair;
+  const { others } = reader.record.value;
+  if (!Array.isArray(others)) throw reader.expected('others', 'a list of responses');
+  if (pair.kind !== 'ids' && !reader.has('prompt'))
+    throw reader.fail('others: expected a prompt that they follow, found none; add the field prompt');
+  const names = others.map((_, i) => `others[${i}]`);
+  const value = Object.fromEntries(names.map((name, i) => [name, others[i]]));
+  const each = new RecordReader({ ...reader.record, value });
+  if (pair.kind === 'ids') return { ...pair, others: names.map((name) => each.completionIds(name)) };
+  const contents = names.map((name) => each.content(name));
+  for (const [i, content] of contents.entries()) each.checkResponse(names[i], content);
+  if (pair.kind === 'chat') return { ...pair, others: contents.map(asMessages) };
+  return {
+    ...pair,
+    others: contents.map((content, i) => {
+      if (typeof content !== 'string') throw each.expected(names[i], 'a string, as chosen and rejected are');
+      return content;
+    }),
+  };
+}
+
+/** Reads one preference record; `others`, further responses to its prompt, only where they are asked for. */
+export function readPreferenceRecord(record: RawRecord, options: { others?: boolean } = {}): PreferenceRecord {
   const reader = new RecordReader(record);
   if (isLabelled(record)) throw reader.fail('expected a pair (chosen and rejected), found a completion with its label');
   const byIds = ['prompt_ids', 'chosen_ids', 'rejected_ids'].some((name) => reader.has(name));
@@ -236,7 +262,8 @@ export function readPreferenceRecord(record: RawRecord): PreferenceRecord {
   if ((refChosenLogp === undefined) !== (refRejectedLogp === undefined)) {
     throw reader.fail('expected both of ref_chosen_logps and ref_rejected_logps, or neither');
   }
-  const content = byIds ? readIdPair(reader) : readContentPair(reader);
+  const pair = byIds ? readIdPair(reader) : readContentPair(reader);
+  const content = options.others ? withOthers(reader, pair) : pair;
   return { ...located(record), refChosenLogp, refRejectedLogp, offset: reader.number('offset'), ...content };
 }
 

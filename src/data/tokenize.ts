@@ -31,6 +31,8 @@ export interface PreferenceExample {
   readonly refRejectedLogp?: number;
   /** By how much the chosen response is to be preferred, where the record says: ODPO's. */
   readonly offset?: number;
+  /** Further responses to the prompt, where they were asked for and the record has some. */
+  readonly others?: readonly Int32Array[];
 }
 
 /** One SFT sequence. `completionMask[t]` is 1 where token t is scored; `completionMask[0]` is always 0. */
@@ -66,6 +68,8 @@ export interface PrepareOptions {
   readonly maxLength?: number;
   /** Rows of the model's embedding: ids beyond are errors. */
   readonly vocabSize?: number;
+  /** Whether to read preference records' field `others`: training has no part for it, whatever stands there. */
+  readonly others?: boolean;
   /** For chat templates that print the date. */
   readonly dateString?: string;
   /** Name of `records` in messages, where they do not come from a file. */
@@ -200,18 +204,20 @@ async function located<T>(where: string, work: () => Promise<T>): Promise<T> {
   }
 }
 
+/** Responses in their order: chosen, rejected, then the others. */
 async function splitPair(report: Report, record: PreferenceRecord): Promise<Split> {
   if (record.kind === 'ids') {
     return {
       prompt: [...record.promptIds],
-      responses: [[...record.chosenIds], [...record.rejectedIds]],
+      responses: [record.chosenIds, record.rejectedIds, ...(record.others ?? [])].map((ids) => [...ids]),
       lostPrompt: [],
     };
   }
   const tokenizer = await report.getTokenizer();
-  if (record.kind === 'text') return splitText(tokenizer, record.prompt, [record.chosen, record.rejected]);
+  if (record.kind === 'text')
+    return splitText(tokenizer, record.prompt, [record.chosen, record.rejected, ...(record.others ?? [])]);
   const context = { tools: record.tools, variables: record.variables, dateString: report.options.dateString };
-  return splitChat(tokenizer, record.prompt, [record.chosen, record.rejected], context);
+  return splitChat(tokenizer, record.prompt, [record.chosen, record.rejected, ...(record.others ?? [])], context);
 }
 
 async function preparePair(report: Report, record: PreferenceRecord): Promise<PreferenceExample | undefined> {
@@ -221,8 +227,9 @@ async function preparePair(report: Report, record: PreferenceRecord): Promise<Pr
   report.noteShift(record, pair);
   for (const ids of [prompt, ...responses]) report.checkVocabulary(where, ids);
   const unscored = prompt.length === 0 ? 1 : 0;
-  for (const [i, name] of ['chosen', 'rejected'].entries()) {
-    if (responses[i].length > unscored) continue;
+  const empty = responses.findIndex((ids) => ids.length <= unscored);
+  if (empty >= 0) {
+    const name = ['chosen', 'rejected'][empty] ?? `others[${empty - 2}]`;
     throw new KeelgradError(`${where}: ${name} has no token to score; remove the record or give it a response`);
   }
   const { maxLength = Number.POSITIVE_INFINITY } = report.options;
@@ -232,11 +239,12 @@ async function preparePair(report: Report, record: PreferenceRecord): Promise<Pr
     return undefined;
   }
   if (responses.some((ids) => ids.length > room)) report.truncated++;
-  const [chosenIds, rejectedIds] = responses.map((ids) => Int32Array.from(ids.slice(0, room)));
+  const [chosenIds, rejectedIds, ...others] = responses.map((ids) => Int32Array.from(ids.slice(0, room)));
   const { refChosenLogp, refRejectedLogp, offset } = record;
   const given = {
     ...(refChosenLogp !== undefined && { refChosenLogp, refRejectedLogp }),
     ...(offset !== undefined && { offset }),
+    ...(record.others && { others }),
   };
   return { index, line, promptIds: Int32Array.from(prompt), chosenIds, rejectedIds, ...given };
 }
@@ -312,7 +320,8 @@ async function prepareAll<Example>(
   );
 }
 
-const pairs: Prepare<PreferenceExample> = (report, record) => preparePair(report, readPreferenceRecord(record));
+const pairs: Prepare<PreferenceExample> = (report, record) =>
+  preparePair(report, readPreferenceRecord(record, report.options));
 
 /** Reads, checks and tokenizes preference records of a file (or of memory), in the order of the file. */
 export const preparePreferenceData = (

@@ -27,7 +27,7 @@ export const analyzeOptions = {
     above: 0,
     default: [1e-3, 1e-4, 1e-5],
     alsoCalled: ['eta'],
-    help: 'sizes of the one gradient step, in falling order',
+    help: 'sizes of the one gradient step, the largest first',
   },
   every: { type: 'integer', methods: looking, group, min: 1, default: 2, help: 'steps between two looks' },
   gradientPairs: {

@@ -5,6 +5,13 @@ import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import type { Chart, Point } from '../../src/analyze/charts.js';
 import { makeReport, runAnalysis } from '../../src/analyze/commands.js';
+import {
+  assignSets,
+  likeliestOutside,
+  type MassShiftOptions,
+  massShiftReport,
+  type SampledResponse,
+} from '../../src/analyze/mass-shift.js';
 import { drawSvg } from '../../src/analyze/report.js';
 import { toyFlow } from '../../src/analyze/toy.js';
 import { assets } from '../../src/demo/settings.js';
@@ -256,7 +263,120 @@ describe('what it measures', () => {
   });
 });
 
+describe('theory', () => {
+  const rows = (csv: string): string[][] =>
+    csv
+      .trim()
+      .split('\n')
+      .slice(1)
+      .map((line) => line.split(','));
+
+  it('a row for every response and step size, with its order and its bound', async () => {
+    // A large step breaks bounds that are of first order.
+    const { text } = await run('theory', { stepSizes: [0.01, 1e-5], pairs: 2, dtype: 'float64' });
+    const { results, stepSizes } = JSON.parse(text('theory.json'));
+    const table = rows(text('theory-sequences.csv'));
+    expect(table).toHaveLength(2 * 3 * stepSizes.length);
+    let at = 0;
+    const outcomes = new Set<string>();
+    for (const [pair, { sequences, corollary1 }] of results.entries())
+      for (const [i, sequence] of sequences.entries())
+        for (const [k, eta] of stepSizes.entries()) {
+          const [ofPair, name, ...cells] = table[at++];
+          const [logProb, step, predicted, measured, error, order, bound] = cells.map(Number);
+          expect([Number(ofPair), name]).toEqual([pair, ['chosen', 'rejected', 'other 1'][i]]);
+          expect([logProb, step, measured, error]).toEqual([
+            sequence.logProb,
+            eta,
+            sequence.measured[k],
+            sequence.error[k],
+          ]);
+          expect(predicted).toBe(eta * sequence.predictedPerStepSize);
+          expect(measured - predicted).toBeCloseTo(error, 12);
+          expect(order).toEqual(k > 0 ? sequence.order[k - 1] : Number.NaN);
+          const [limit, holds] = [
+            [eta * corollary1.lowerChosen, measured >= bound],
+            [eta * corollary1.upperRejected, measured <= bound],
+            [Number.NaN, ''],
+          ][i];
+          expect([bound, cells[7]]).toEqual([limit, String(holds)]);
+          outcomes.add(`${name} ${holds}`);
+        }
+    expect(at).toBe(table.length);
+    const both = ['chosen', 'rejected'].flatMap((name) => [`${name} false`, `${name} true`]);
+    expect([...outcomes].sort()).toEqual([...both, 'other 1 '].sort());
+  });
+
+  it('other responses come from the file, or are those of the next record', async () => {
+    const records = readFileSync(demoPairs(2), 'utf8')
+      .split('\n')
+      .map((line) => JSON.parse(line));
+    const data = join(folder, 'others.jsonl');
+    const [first, second] = records;
+    const lines = [{ ...first, others: [first.rejected, first.chosen] }, second];
+    writeFileSync(data, lines.map((record) => JSON.stringify(record)).join('\n'));
+    const { text } = await run('theory', { data });
+    const [own, next] = JSON.parse(text('theory.json')).results;
+    const [chosen, rejected, ...others] = own.sequences;
+    expect(others).toHaveLength(2);
+    for (const [i, same] of [rejected, chosen].entries())
+      for (const key of ['logProb', 'predictedPerStepSize']) expect(others[i][key] / same[key], key).toBeCloseTo(1, 10);
+    expect(next.sequences.map((s: { kind: string }) => s.kind)).toEqual(['chosen', 'rejected', 'other']);
+    expect(rows(text('theory-sequences.csv')).map(([, name]) => name)).toContain('other 2');
+    expect(text('theory.html')).toContain(
+      'Other responses: the field “others” of 1 of 2 records, else the chosen response of the next record.',
+    );
+    const without = await run('theory');
+    expect(without.text('theory.html')).toContain('Other responses: the chosen response of the next record.');
+    writeFileSync(data, JSON.stringify({ ...first, others: [] }));
+    expect((await run('theory', { data, pairs: 1 })).text('theory.html')).not.toContain('Other responses');
+  });
+});
+
+describe('mass shift', () => {
+  it('y* is the likeliest that is not preferred; Theorem 2’s, the likeliest in no pair, may be a preferred one', () => {
+    const sets = (preferred: string, perSet: number) => {
+      const found = assignSets(
+        [...preferred].map((letter) => ({ preferred: letter === 'p' })),
+        perSet,
+      );
+      return [found.map(({ set }) => set), likeliestOutside(found)];
+    };
+    expect(sets('pddp', 1)).toEqual([['Y_w', 'y*', 'Y_l', 'others'], 1]);
+    expect(sets('ppdd', 1)).toEqual([['Y_w', 'others', 'y*', 'Y_l'], 1]);
+    expect(sets('ddppd', 2)).toEqual([['y*', 'Y_l', 'Y_w', 'Y_w', 'Y_l'], 0]);
+    expect(sets('pdddp', 1)).toEqual([['Y_w', 'y*', 'Y_l', 'others', 'others'], 1]);
+  });
+
+  it('says whose y* it followed', async () => {
+    const same = { ids: [1], preferred: false, set: 'y*', logProb: -1 } as const;
+    const other = { ids: [2], preferred: true, set: 'others', logProb: -0.5 } as const;
+    const options = { samples: 2, dpo: {}, spo: {} } as MassShiftOptions;
+    const toy = await toyFlow({ seed: 1, beta: 0.5, stepSize: 1e-3 });
+    const reportOf = (responses: SampledResponse[]) => {
+      const looks = [0, 1].map((updates) => ({
+        updates,
+        logProbs: responses.map(({ logProb }, i) => logProb - updates * (i + 1)),
+      }));
+      const facts = { model: 'm', prompt: 'q', texts: responses.map(({ ids }) => `answer ${ids[0]}`) };
+      return massShiftReport({ responses, runs: [{ method: 'dpo', looks }] }, options, facts, toy);
+    };
+    const agreeing = reportOf([same, other]);
+    expect(agreeing.introduction[1]).toContain('is this one here');
+    expect(agreeing.findings[0]).not.toContain('Theorem 2');
+    const differing = reportOf([other, same]);
+    expect(differing.introduction[1]).toContain('another one here, a preferred one: “answer 2”');
+    expect(differing.findings[0]).toContain('Theorem 2’s y* -1');
+  });
+});
+
 describe('bad input', () => {
+  it('step sizes that do not fall, before anything is read', async () => {
+    await expect(run('theory', { stepSizes: [1e-5, 1e-4], data: 'none.jsonl' })).rejects.toThrow(
+      '[theory] step sizes: expected different ones in falling order, found 0.00001, 0.0001; try 0.0001, 0.00001',
+    );
+  });
+
   it('theory in bfloat16', async () => {
     await expect(run('theory', { dtype: 'bfloat16' })).rejects.toThrow(/expected a model in float32 or float64/);
   });

@@ -25,6 +25,11 @@ function expectClose(actual: number, expected: number, relative: number, floor =
   expect(Math.abs(actual - expected)).toBeLessThanOrEqual(relative * Math.abs(expected) + floor);
 }
 
+// Floors of differences of rounded numbers. The error of the first order, down to 5e-9, is what is left of log π up to 50: one
+// rounding there is 7e-15, which is 1e-6 of it. Δπ is left of numbers below 1.
+const ofLogProb = 1e-13;
+const ofProbability = 1e-15;
+
 describeWithShared('theory.json', 'golden/spo/qwen2/theory.json', () => {
   const theory = read('qwen2', 'theory.json');
   it('predictions, bounds, measured changes and their order', async () => {
@@ -52,33 +57,33 @@ describeWithShared('theory.json', 'golden/spo/qwen2/theory.json', () => {
       expectClose(result.weight, triple.beta_one_minus_sigma, 1e-9);
       expectClose(result.normChosen, triple.norm_g_w, 1e-9);
       expectClose(result.normRejected, triple.norm_g_l, 1e-9);
-      expectClose(result.inner, triple.inner_g_w_g_l, 1e-9, 1e-8);
+      expectClose(result.inner, triple.inner_g_w_g_l, 1e-9);
       expectClose(result.corollary2.logDifference, triple.norm_diff_sq, 1e-9);
       expectClose(result.corollary2.logDifference * result.weight, triple.corollary2_log_per_eta, 1e-9);
       expectClose(result.corollary1.lowerChosen, triple.corollary1_per_eta.lower_bound_dlogp_w, 1e-8);
       expectClose(result.corollary1.upperRejected, triple.corollary1_per_eta.upper_bound_dlogp_l, 1e-8);
       for (const [k, change] of result.sequences.entries()) {
         expectClose(change.logProb, triple.logps[k], 1e-10);
-        expectClose(change.innerChosen, triple.inner_with_g_w[k], 1e-8, 1e-8);
-        expectClose(change.innerRejected, triple.inner_with_g_l[k], 1e-8, 1e-8);
-        expectClose(change.predictedPerStepSize, triple.predicted_dlogp_per_eta[k], 1e-8, 1e-8);
+        expectClose(change.innerChosen, triple.inner_with_g_w[k], 1e-8);
+        expectClose(change.innerRejected, triple.inner_with_g_l[k], 1e-8);
+        expectClose(change.predictedPerStepSize, triple.predicted_dlogp_per_eta[k], 1e-8);
         change.measured.forEach((value, e) => {
           const { eta, dlogp, error, error_over_eta_squared } = triple.steps[e];
-          expectClose(value, dlogp[k], 1e-7, 1e-11);
-          // What is left of Δlog π, of numbers up to 50: their rounding.
-          expectClose(change.error[e], error[k], 1e-7, 1e-13);
-          expectClose(change.error[e] / eta ** 2, error_over_eta_squared[k], 1e-7, 1e-13 / eta ** 2);
+          expectClose(value, dlogp[k], 1e-8, ofLogProb);
+          expectClose(change.error[e], error[k], 1e-8, ofLogProb);
+          expectClose(change.error[e] / eta ** 2, error_over_eta_squared[k], 1e-8, ofLogProb / eta ** 2);
         });
         change.order.forEach((order, e) => {
           const ratio = (etas[e] / etas[e + 1]) ** order;
-          const noise = 2e-13 / Math.abs(triple.steps[e + 1].error[k]);
-          expectClose(ratio, Math.abs(triple.error_ratios_between_steps[e][k]), 1e-6 + noise);
+          const noise = (2 * ofLogProb) / Math.abs(triple.steps[e + 1].error[k]);
+          expectClose(ratio, Math.abs(triple.error_ratios_between_steps[e][k]), 1e-8 + noise);
         });
       }
       const [w, l] = result.sequences;
       for (const [e, { eta, dlogp_w_minus_dlogp_l, corollary1_bounds_hold }] of triple.steps.entries()) {
-        expectClose(w.measured[e] - l.measured[e], dlogp_w_minus_dlogp_l, 1e-9, 1e-12);
-        const { lowerChosen, upperRejected } = result.corollary1;
+        expectClose(w.measured[e] - l.measured[e], dlogp_w_minus_dlogp_l, 1e-9, 2 * ofLogProb);
+        const { lowerChosen, upperRejected, heldChosen, heldRejected } = result.corollary1;
+        expect([heldChosen[e], heldRejected[e]]).toEqual(corollary1_bounds_hold);
         expect([w.measured[e] / eta >= lowerChosen, l.measured[e] / eta <= upperRejected]).toEqual(
           corollary1_bounds_hold,
         );
@@ -191,9 +196,12 @@ for (const name of ['flat', 'peaked'])
       });
       expectClose(
         logProbs.reduce((total, value) => total + Math.exp(value), 0),
-        1,
+        recorded.sum_of_probabilities,
         1e-12,
       );
+      const falling = outputs.map((_, k) => k).sort((a, b) => logProbs[b] - logProbs[a]);
+      for (const { index, rank_by_probability: ranks } of recorded.triples)
+        for (const [name, k] of Object.entries<number>(index)) expect(falling.indexOf(k), name).toBe(ranks[name]);
     });
 
     it('one DPO step: the flow of probability to every output', async () => {
@@ -233,7 +241,7 @@ for (const name of ['flat', 'peaked'])
           const which = k === w ? 'y_w' : k === l ? 'y_l' : 'y_star';
           if (firstOrder.includes(k)) expectClose(predicted, triple.dp_first_order[which], 1e-9, 1e-13);
         }
-        expectClose(Math.max(...errors), triple.max_abs_error_of_first_order, 1e-7, 1e-12);
+        expectClose(Math.max(...errors), triple.max_abs_error_of_first_order, 1e-8, ofProbability);
         const { dp_w_minus_dp_l, claimed_lower_bound, probability_form_holds, dlogp_w_minus_dlogp_l, log_form } =
           triple.corollary2;
         const found = corollary2({
@@ -243,8 +251,8 @@ for (const name of ['flat', 'peaked'])
           logProbChosen: before[w],
           logProbRejected: before[l],
         });
-        expectClose(change[w] - change[l], dp_w_minus_dp_l, 1e-8, 1e-12);
-        expectClose(after[w] - before[w] - (after[l] - before[l]), dlogp_w_minus_dlogp_l, 1e-8, 1e-12);
+        expectClose(change[w] - change[l], dp_w_minus_dp_l, 1e-8, ofProbability);
+        expectClose(after[w] - before[w] - (after[l] - before[l]), dlogp_w_minus_dlogp_l, 1e-8, ofLogProb);
         expectClose(step * found.logDifference, log_form, 1e-9);
         const unit = step * Math.exp(Math.max(before[w], before[l]));
         expectClose(unit * found.claimedBound, claimed_lower_bound, 1e-9);
@@ -262,21 +270,21 @@ for (const name of ['flat', 'peaked'])
       expect(flow.star).toBe(star);
       expect(flow.case).toBe(['case 1', 'case 2', 'both rise'][triple.case - 1]);
       flow.change.forEach((value, k) => {
-        expectClose(value, Math.exp(triple.logp_after[k]) - Math.exp(recorded.logp_before[k]), 1e-7, 1e-12);
+        expectClose(value, Math.exp(triple.logp_after[k]) - Math.exp(recorded.logp_before[k]), 1e-8, ofProbability);
       });
       for (const [key, k] of [
         ['y_w', w],
         ['y_l', l],
         ['y_star', star],
       ] as const)
-        expectClose(flow.change[k], triple.dp[key], 1e-8, 1e-12);
+        expectClose(flow.change[k], triple.dp[key], 1e-8, ofProbability);
       expectClose(Math.max(...flow.change.map(Math.abs)), triple.max_abs_dp, 1e-8);
       expectClose(flow.moved, triple.gained_mass, 1e-8);
-      expectClose(flow.shareToStar, triple.share_to_y_star, 1e-7);
-      expectClose(flow.shareToChosen, triple.share_to_y_w, 1e-7);
+      expectClose(flow.shareToStar, triple.share_to_y_star, 1e-8);
+      expectClose(flow.shareToChosen, triple.share_to_y_w, 1e-8);
       const toRejected = Math.max(0, flow.change[l]) / flow.moved;
       const toOthers = 1 - flow.shareToStar - flow.shareToChosen - toRejected;
-      expectClose(toOthers, triple.share_to_all_others, 1e-7, 1e-10);
+      expectClose(toOthers, triple.share_to_all_others, 1e-8);
       expect([...outputs[flow.largestGainer]]).toEqual(triple.gains_most);
       expectClose(
         flow.change.reduce((a, b) => a + b, 0),
@@ -290,6 +298,10 @@ for (const name of ['flat', 'peaked'])
       using model = await loadToy(name);
       const logProbs = await outputLogProbs(model, prompt, outputs);
       const rows = await outputGradients(model, prompt, outputs);
+      // Probabilities add up to one at all weights: Σ π g = 0, up to rounding as it was recorded.
+      const total = rows[0].map((_, i) => rows.reduce((sum, row, k) => sum + Math.exp(logProbs[k]) * row[i], 0));
+      expect(recorded.max_abs_of_sum_pi_g).toBeLessThan(1e-14);
+      expect(Math.max(...total.map(Math.abs))).toBeLessThan(1e-14);
       expect([...model.backbone.keys()][0]).toBe('model.embed_tokens.weight');
       for (const row of rows) row.fill(0, 0, model.config.hiddenSize);
       const statistics = flowStatistics(logProbs, gramOf(rows));
@@ -341,6 +353,23 @@ for (const name of ['flat', 'peaked'])
       expectClose(Math.exp(Math.max(...logProbs)), theirs.top_probability, 1e-12);
     }
   });
+
+it.each([
+  [{ beta: 0 }, /beta: expected a finite number above 0, found 0/],
+  [{ beta: -1 }, /beta: .* found -1/],
+  [{ beta: Number.NaN }, /beta: .* found NaN/],
+  [{ beta: Number.POSITIVE_INFINITY }, /beta: .* found Infinity/],
+  [{ stepSizes: [] }, /step sizes: expected finite numbers above 0, found none/],
+  [{ stepSizes: [1e-3, 0] }, /step sizes: .* found 0/],
+  [{ stepSizes: [1e-3, -1e-4] }, /step sizes: .* found -0.0001/],
+  [{ stepSizes: [Number.NaN] }, /step sizes: .* found NaN/],
+  [{ stepSizes: [Number.POSITIVE_INFINITY, 1] }, /step sizes: .* found Infinity/],
+  [{ stepSizes: [1, 3, 2] }, /step sizes: expected different ones in falling order, found 1, 3, 2; try 3, 2, 1/],
+  [{ stepSizes: [2, 2, 1] }, /falling order, found 2, 2, 1; try 2, 1$/],
+])('refuses %j, before it looks at the model', async (wrong, message) => {
+  const options = { beta: 0.5, stepSizes: [1e-3, 1e-4], ...wrong };
+  await expect(analyzeTheory(undefined as never, [], options)).rejects.toThrow(message);
+});
 
 it('a flow without movement has no shares', () => {
   const flow = massFlow([-1, -2, -3], [0, 0, 0], 0, 1);

@@ -87,6 +87,29 @@ describe('preference records', () => {
     expect(() => pair(value)).toThrow(message);
   });
 
+  it('bring other responses in the form of the pair, where they are asked for', () => {
+    const read = (value: object) => readPreferenceRecord(recordsFrom([value], 'f.jsonl')[0], { others: true });
+    const text = { prompt: 'p', chosen: 'c', rejected: 'r' };
+    expect(read({ ...text, others: ['x', 'y'] })).toMatchObject({ ...text, others: ['x', 'y'] });
+    expect(read({ ...text, others: [] })).toMatchObject({ others: [] });
+    expect(read({ ...text, others: null })).not.toHaveProperty('others');
+    expect(pair({ ...text, others: 'anything' })).not.toHaveProperty('others');
+    const chat = { prompt: [user('q')], chosen: 'a', rejected: 'b', others: ['x', [assistant('y')]] };
+    expect(read(chat)).toMatchObject({ others: [[assistant('x')], [assistant('y')]] });
+    const ids = { prompt_ids: [1], chosen_ids: [2], rejected_ids: [3], others: [[4, 5], [6]] };
+    expect(read(ids)).toMatchObject({ others: [[4, 5], [6]] });
+    for (const [value, message] of [
+      [{ ...text, others: 'x' }, /f.jsonl:1: others: expected a list of responses, found "x"/],
+      [{ ...text, others: ['x', ''] }, /others\[1\] is empty/],
+      [{ ...text, others: [3] }, /others\[0\]: expected a string or a list of messages, found 3/],
+      [{ ...text, others: [[assistant('x')]] }, /others\[0\]: expected a string, as chosen and rejected are/],
+      [{ ...ids, others: [[4], 'x'] }, /others\[1\]: expected a list of token ids, found "x"/],
+      [{ ...ids, others: [[]] }, /others\[0\] is empty/],
+      [{ chosen: 'p c', rejected: 'p r', others: ['x'] }, /others: expected a prompt that they follow, found none/],
+    ] as const)
+      expect(() => read(value)).toThrow(message);
+  });
+
   it('may call tools instead of talking', () => {
     const call = { role: 'assistant', content: null, tool_calls: [{ name: 'f' }] };
     expect(pair({ prompt: [user('q')], chosen: [call], rejected: [assistant('b')] }).kind).toBe('chat');

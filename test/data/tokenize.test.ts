@@ -51,6 +51,22 @@ describe('plain text pairs', () => {
     expect(warnings).toEqual([expect.stringMatching(/1 records: .*first records:1, prompt end "a".*merge/)]);
   });
 
+  it('may have other responses, which are asked for', async () => {
+    const pair = { prompt: 'c', chosen: 'a', rejected: 'b', others: ['c', 'ab'] };
+    const [example] = (await preparePreferenceData([pair], { ...options, others: true })).examples;
+    expect(lists(example)).toEqual([[id('c')], [id('a'), EOS], [id('b'), EOS]]);
+    expect(example.others?.map((ids) => [...ids])).toEqual([
+      [id('c'), EOS],
+      [id('ab'), EOS],
+    ]);
+    expect((await prepare(pair)).examples[0]).not.toHaveProperty('others');
+    // 'ca' ends in a token that merges with what follows: the boundary is the one of all responses.
+    const merging = { prompt: 'ca', chosen: 'c', rejected: 'a', others: ['b'] };
+    const [moved] = (await preparePreferenceData([merging], { ...options, others: true })).examples;
+    expect(lists(moved)).toEqual([[id('c')], [id('a'), id('c'), EOS], [id('a'), id('a'), EOS]]);
+    expect([...moved.others![0]]).toEqual([id('ab'), EOS]);
+  });
+
   it('begin with exactly one BOS where the tokenizer wants one', async () => {
     await writeToyTokenizer(folder, { bos: true });
     const [first] = (await prepare({ prompt: 'c', chosen: 'a', rejected: 'b' })).examples;
@@ -150,6 +166,20 @@ describe('token ids', () => {
     expect(lists(examples[0])).toEqual([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]);
     expect(examples[0]).not.toHaveProperty('refChosenLogp');
     expect(examples[1]).toMatchObject({ index: 1, line: 2, refChosenLogp: -3, refRejectedLogp: -4 });
+  });
+
+  it('have other responses checked and cut as the pair is', async () => {
+    const given = { ...pair, others: [[8, 9, 10], [3]] };
+    const { examples, truncated } = await preparePreferenceData([given], { ...ids, maxLength: 5, others: true });
+    expect(examples[0].others?.map((other) => [...other])).toEqual([[8, 9], [3]]);
+    expect(truncated).toBe(1);
+    await expect(preparePreferenceData([given], { ...ids, vocabSize: 10, others: true })).rejects.toThrow(
+      /records:1: token id 10 is outside/,
+    );
+    const unprompted = { prompt_ids: [], chosen_ids: [1, 2], rejected_ids: [2, 3], others: [[1, 2], [3]] };
+    await expect(preparePreferenceData([unprompted], { ...ids, others: true })).rejects.toThrow(
+      /records:1: others\[1\] has no token to score/,
+    );
   });
 
   it('are cut each on its own, and dropped where the prompt fills everything', async () => {

@@ -1,5 +1,6 @@
 // One outer iteration of SPO against the recorded settings: F, its parts, its gradient, its terms; and what it is not.
 import { describe, expect, it } from 'vitest';
+import { pairGradients } from '../../src/analyze/sequences.js';
 import type { PreferenceExample } from '../../src/data/tokenize.js';
 import type { PreferenceLossName } from '../../src/objectives/index.js';
 import { completeParameters, preferenceLoss, preferenceLosses, sftLoss } from '../../src/objectives/index.js';
@@ -184,6 +185,16 @@ describeWithShared('the settings of golden/spo', GOLDEN_SPO, () => {
     for (const [key, value] of Object.entries(golden.grad_norm_by_tensor as Record<string, number>)) {
       const error = Math.abs(norm(new Map([[key, gradient.get(key)!]])) - value);
       expect(error / golden.grad_norms.total, key).toBeLessThan(tolerance.norm);
+    }
+  });
+
+  it.each(cases)('%s %s in %s: gradient norms of the pairs', async (name, setting, dtype) => {
+    const { over, norm_g_w, norm_g_l } = settingOf(name, setting);
+    using model = await openSpoModel(name, dtype);
+    for (const [i, example] of examplesOf(name).entries()) {
+      const found = await pairGradients(model, example, over === 'all' ? both : [over]);
+      expect(Math.abs(found.normChosen / norm_g_w[i] - 1), `pair ${i}`).toBeLessThan(tolerances[dtype].norm);
+      expect(Math.abs(found.normRejected / norm_g_l[i] - 1), `pair ${i}`).toBeLessThan(tolerances[dtype].norm);
     }
   });
 
