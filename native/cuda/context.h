@@ -77,7 +77,7 @@ struct Context {
 const Context& context(const Call& call);
 
 // Memory of the device that outlives the call, the caller's to cudaFree; memory in the cache is given back for it.
-// Throws where there is none.
+// `what` says for what, as a literal. Throws OutOfMemory.
 void* acquire(const Call& call, size_t bytes, const char* what);
 
 // Throws "CUDA: <error> in <what>".

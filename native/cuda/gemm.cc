@@ -248,7 +248,7 @@ class Products {
 
 void Products::prepare(const Call& call) {
   check(cublas().Create(&handle_), "Create");
-  workspace_ = acquire(call, kGemmWorkspaceBytes, "matrix products");
+  workspace_ = acquire(call, kGemmWorkspaceBytes, "workspace of matrix products");
   check(cublas().MatmulPreferenceCreate(&preference_), "MatmulPreferenceCreate");
   set(preference_, lt::PreferenceAttribute::MaxWorkspaceBytes, uint64_t(kGemmWorkspaceBytes));
 }

@@ -24,8 +24,13 @@ PinnedPool::~PinnedPool() {
 
 char* PinnedPool::lock(size_t bytes) {
   void* memory = nullptr;
-  check(cudaMallocHost(&memory, bytes), "cudaMallocHost (page-locked memory for copies)");
-  return static_cast<char*>(memory);
+  const cudaError_t error = cudaMallocHost(&memory, bytes);
+  if (error == cudaSuccess) return static_cast<char*>(memory);
+  cudaGetLastError();  // not the next launch's
+  fail(
+      "out of host memory: expected %.1f MiB of page-locked memory for copies to and from the GPU, found less (%s); "
+      "try to end other processes, or raise the memory limit of the container or the user (ulimit -l)",
+      bytes / double(1 << 20), cudaGetErrorString(error));
 }
 
 void PinnedPool::releaseLarge() {

@@ -111,9 +111,7 @@ void* Queue::acquire(size_t bytes, const char* what) {
     reclaim_();
     memory = allocate(bytes);
   }
-  if (!memory)
-    failOutOfMemory("out of memory: expected %.1f MiB for %s on the GPU, found less; try a smaller batch",
-                    bytes / double(1 << 20), what);
+  if (!memory) throw OutOfMemory(bytes, what);
   return memory;
 }
 
@@ -124,7 +122,7 @@ void* Queue::scratch(size_t bytes) {
   scratch_ = nullptr;
   scratchBytes_ = 0;
   const size_t size = (bytes + kScratchStep - 1) / kScratchStep * kScratchStep;
-  scratch_ = acquire(size, "intermediate results");
+  scratch_ = acquire(size, "scratch for intermediate results");
   scratchBytes_ = size;
   return scratch_;
 }

@@ -38,6 +38,7 @@ class Queue final : public DeviceQueue {
 
   const Context& context() const { return context_; }
   // Memory of the device outside of any storage, kept to the end. What the cache holds is given back for it.
+  // Throws OutOfMemory.
   void* acquire(size_t bytes, const char* what);
 
  private:

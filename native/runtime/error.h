@@ -2,6 +2,7 @@
 // it to the next read.
 #pragma once
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
@@ -11,14 +12,15 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The device has no more memory; what was being computed is added where it is known.
+// The device has no more memory for what a kernel needs beside its tensors: "workspace of ...". Who holds the rest, and
+// what was being computed, is added where it is known (StorageTable::explain).
 struct OutOfMemory : Error {
-  using Error::Error;
+  OutOfMemory(size_t size, const char* use) : Error("out of memory"), bytes(size), purpose(use) {}
+  size_t bytes;
+  const char* purpose;  // a literal
 };
 
 // printf-style; never returns. Defined in error.cc so that no std code is emitted in ISA-specific files.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-
-[[noreturn]] void failOutOfMemory(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace kg

@@ -33,8 +33,7 @@ class HostQueue final : public DeviceQueue {
     const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     scratch_ = aligned_alloc(kHugePage, size);
     scratchBytes_ = scratch_ ? size : 0;
-    if (!scratch_)
-      failOutOfMemory("out of memory: expected %zu bytes of scratch, found less; try a smaller batch", bytes);
+    if (!scratch_) throw OutOfMemory(size, "scratch for intermediate results");
 #ifdef MADV_HUGEPAGE
     madvise(scratch_, size, MADV_HUGEPAGE);
 #endif

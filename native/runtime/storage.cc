@@ -18,6 +18,9 @@ constexpr double kIndexSpace = 16777216.0;  // 2^24 slots
 
 double generationOf(double handle) { return static_cast<double>(static_cast<uint64_t>(handle / kIndexSpace)); }
 double indexOf(double handle) { return handle - generationOf(handle) * kIndexSpace; }
+
+// Counters that another thread changes need not fit together.
+size_t excess(size_t all, size_t part) { return all - std::min(all, part); }
 }  // namespace
 
 Mapping::~Mapping() {
@@ -101,23 +104,30 @@ void StorageTable::giveBack(const Storage& s, void* memory, size_t bytes) {
 
 void StorageTable::failFor(size_t bytes) {
   hooks_.outOfMemory();
+  fail("%s", explain(bytes, nullptr).c_str());
+}
+
+std::string StorageTable::explain(size_t bytes, const char* what) {
   constexpr double mib = 1 << 20;
-  const size_t* t = counters_.byTag;
+  const auto& t = counters_.byTag;
   char device[224] = "";
   if (source_.left) {
     size_t free = 0, total = 0;
     source_.left(source_.self, &free, &total);
-    const size_t graphs = poolsReserved_ - std::min(pooled_, poolsReserved_);
+    const size_t graphs = excess(poolsReserved_, pooled_);
     snprintf(
         device, sizeof device,
         ", by kernels as scratch %.1f, in the cache for reuse %.1f, kept for graphs %.1f; the device has %.1f of %.1f "
         "MiB left",
-        scratch() / mib, (reserved() - counters_.allocated - graphs) / mib, graphs / mib, free / mib, total / mib);
+        scratch() / mib, excess(reserved(), counters_.allocated + graphs) / mib, graphs / mib, free / mib, total / mib);
   }
-  failOutOfMemory(
-      "out of memory: %.1f MiB asked for; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "
-      "activations %.1f MiB%s; try a smaller batch, a shorter max length, or LoRA in place of full training",
-      bytes / mib, t[1] / mib, t[2] / mib, t[3] / mib, t[4] / mib, t[0] / mib, device);
+  char text[768];
+  snprintf(text, sizeof text,
+           "out of memory: %.1f MiB asked for%s%s; held: weights %.1f, gradients %.1f, optimizer %.1f, cache %.1f, "
+           "activations %.1f MiB%s; try a smaller batch, a shorter max length, or LoRA in place of full training",
+           bytes / mib, what ? " as " : "", what ? what : "", t[1] / mib, t[2] / mib, t[3] / mib, t[4] / mib,
+           t[0] / mib, device);
+  return text;
 }
 
 char* StorageTable::obtain(size_t bytes) {

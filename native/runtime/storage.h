@@ -1,9 +1,10 @@
 // Storages: blocks of device memory behind integer handles, with a reference count, a generation and a tag.
 //
 // A handle is index + generation * 2^24, so that a stale one is an error and not somebody else's memory. All methods
-// are called on the thread that enqueues, but reclaim(); only `fault` belongs to the executor.
+// are called on the thread that enqueues, but reclaim() and explain(); only `fault` belongs to the executor.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -43,9 +44,20 @@ struct Storage {
   uint32_t faultGeneration = 0;
 };
 
+// Counted by one thread; any may read it.
+class Counter {
+ public:
+  operator size_t() const { return value_.load(std::memory_order_relaxed); }
+  void operator+=(size_t n) { value_.store(*this + n, std::memory_order_relaxed); }
+  void operator-=(size_t n) { value_.store(*this - n, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<size_t> value_{0};
+};
+
 struct MemoryCounters {
-  size_t storages = 0, allocated = 0, peak = 0;
-  size_t byTag[static_cast<int>(Tag::count)] = {};
+  size_t storages = 0, peak = 0;
+  Counter allocated, byTag[static_cast<int>(Tag::count)];
 };
 
 // What the table asks of its stream, in command order: fill and check guard zones.
@@ -111,6 +123,10 @@ class StorageTable {
   size_t reserved();
   size_t scratch() { return hooks_.scratch(); }
 
+  // "out of memory: 8.0 MiB asked for as workspace of ...; held: ...": for tensors (what: null) and for kernels. On any
+  // thread.
+  std::string explain(size_t bytes, const char* what);
+
   static constexpr size_t kGuard = 64;  // bytes of guard zone on each side
 
  private:
@@ -126,7 +142,7 @@ class StorageTable {
   std::mutex mutex_;  // of the allocator, where reclaim() may be called
   CachingAllocator allocator_;
   std::shared_ptr<Pool> pool_;
-  size_t pooled_ = 0, poolsReserved_ = 0;  // bytes of live storages in pools; of the pools
+  Counter pooled_, poolsReserved_;  // bytes of live storages in pools; of the pools
   StreamHooks& hooks_;
   Allocation mode_;
   std::deque<Storage> slots_;  // addresses are stable

@@ -416,7 +416,7 @@ void Stream::executeKernel(Header* h) {
     try {
       return callKernel(h);
     } catch (const OutOfMemory& e) {
-      fault = faultOf(info, e.what() + shapesOf(h->tensors(), h->tensorCount));
+      fault = faultOf(info, storages_.explain(e.bytes, e.purpose) + shapesOf(h->tensors(), h->tensorCount));
     } catch (const std::exception& e) {
       fault = faultOf(info, e.what());
     }

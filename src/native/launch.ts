@@ -1,6 +1,7 @@
 // Enqueues kernels: writes a command into the shared buffer and submits it. What a kernel is named and takes comes from
 // the native contract; nothing here grows with ops.
 import { dtypes } from '../tensor/dtype.js';
+import { explainFault } from '../tensor/out-of-memory.js';
 import type { Tensor } from '../tensor/tensor.js';
 import { type Addon, addon } from './addon.js';
 
@@ -63,6 +64,8 @@ export function launch(kernel: string, tensors: readonly (Tensor | null)[], attr
   try {
     library.submit();
   } catch (error) {
+    const found = explainFault(error); // under KEELGRAD_SYNC=1
+    if (found !== error) throw found;
     const shapes = tensors.map((t) => t?.describe() ?? 'none').join(', ');
     throw new Error(`[${kernel}] ${(error as Error).message} (${shapes})`, { cause: error });
   }

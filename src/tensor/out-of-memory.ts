@@ -1,7 +1,11 @@
-// The error of a device that has no more memory: which op asked, for what, who holds the rest.
+// The error of a device that has no more memory: which op asked, for what, who holds the rest. The native layer writes the
+// text (StorageTable::explain); here it becomes an OutOfMemoryError, with what JavaScript knows of the op.
 import { KeelgradError } from '../errors.js';
 
-/** A device has no memory left for a tensor. Nothing was changed: free something, or ask for less, and go on. */
+/**
+ * A device has no memory left for a tensor, or for what a kernel needs beside its tensors; the latter shows at the next read.
+ * Free something, or ask for less, and go on.
+ */
 export class OutOfMemoryError extends KeelgradError {}
 
 // Functions that make tensors for ops: the op is whoever called them.
@@ -33,6 +37,12 @@ export function explainAllocation(error: unknown, what: string): unknown {
   if (!message.startsWith('out of memory')) return error;
   const op = opOf(stack);
   return new OutOfMemoryError(`${op ? `[${op}] ` : ''}${message} (for ${what})`, { cause: error });
+}
+
+/** An error that a read brought: that of a kernel without memory under its class, any other as it is. */
+export function explainFault(error: unknown): unknown {
+  const { message } = error as Error;
+  return /^\[\w+\] out of memory/.test(message) ? new OutOfMemoryError(message, { cause: error }) : error;
 }
 
 /** Runs the backward pass of an op: memory that runs out in it is told under the op's name. */

@@ -2,6 +2,7 @@
 //
 // A Storage is freed when its last owner lets go (Tensor.dispose, scope, the tape); a finalizer is only the safety net.
 import { type Addon, addon } from '../native/addon.js';
+import { explainFault } from './out-of-memory.js';
 
 /** `cpu`, or a CUDA device such as `cuda:0`; `cuda` means `cuda:0`. */
 export type Device = 'cpu' | 'cuda' | `cuda:${number}`;
@@ -191,5 +192,9 @@ export function trimMemory(device: Device = standard): number {
 
 /** Waits for all work that was enqueued on a device; throws its first unreported error. Blocks. */
 export function synchronize(device: Device = standard): void {
-  addon().synchronize(streamOf(device));
+  try {
+    addon().synchronize(streamOf(device));
+  } catch (error) {
+    throw explainFault(error);
+  }
 }

@@ -1,7 +1,7 @@
 // The Tensor: a strided, typed view of a storage, plus its place on the tape. Knows no op: src/ops adds the methods.
 import { addon } from '../native/addon.js';
 import { type DType, dtypes, type HostArray, hostArray } from './dtype.js';
-import { explainAllocation } from './out-of-memory.js';
+import { explainAllocation, explainFault } from './out-of-memory.js';
 import { adopt, defineTensorTest } from './scope.js';
 import { contiguousStrides, isContiguous, sizeOf } from './shape.js';
 import { type Device, defaultDevice, Storage } from './storage.js';
@@ -170,7 +170,11 @@ export class Tensor {
     const target = new Uint8Array(this.size * dtypes[this.dtype].size);
     if (target.length === 0) return target;
     const { stream, handle } = this.storage;
-    return addon().download(stream, handle, this.byteOffset, target);
+    try {
+      return await addon().download(stream, handle, this.byteOffset, target);
+    } catch (error) {
+      throw explainFault(error);
+    }
   }
 
   /** The values, row-major; bfloat16 and float16 as float32. The event loop stays free. Rejects with a deferred error. */
@@ -188,8 +192,13 @@ export class Tensor {
     const ready = this.readable();
     const target = new Uint8Array(ready.size * dtypes[ready.dtype].size);
     const { stream, handle } = ready.storage;
-    if (target.length > 0) addon().downloadSync(stream, handle, ready.byteOffset, target);
-    if (ready !== this) ready.dispose();
+    try {
+      if (target.length > 0) addon().downloadSync(stream, handle, ready.byteOffset, target);
+    } catch (error) {
+      throw explainFault(error);
+    } finally {
+      if (ready !== this) ready.dispose();
+    }
     return typed(ready.dtype, target);
   }
 

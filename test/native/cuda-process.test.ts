@@ -99,17 +99,88 @@ describe.skipIf(!able)('a process with a GPU (needs one: KEELGRAD_TEST_DEVICES=c
     expect(child).toMatchObject({ ...clean(), stdout: '11\n', stderr: '' });
   });
 
+  const simt = 'export KEELGRAD_SIMT_PROTECT=0';
+
+  test('without cuBLAS is told so, at its status and at the first use, and what to do', async ({ skip }) => {
+    skip(runtimeInfo().cuda.devices[0].name !== 'SIMT layer', 'needs the SIMT layer');
+    const child = await run(
+      `
+      import { runtimeInfo } from '${compiled.url('native/info.js')}';
+      import { resolveDevice } from '${compiled.url('train/setup.js')}';
+      const { available, reason, remedy, devices } = runtimeInfo().cuda;
+      const attempt = (f) => { try { return f(); } catch (error) { return error.message; } };
+      const use = attempt(() => Tensor.from([1]));
+      const train = attempt(() => resolveDevice('cuda'));
+      console.log(JSON.stringify({ available, reason, remedy, gpus: devices.length, use, train, auto: resolveDevice('auto') }));`,
+      `${simt} KEELGRAD_CUBLAS=/nowhere`,
+    );
+    expect(child).toMatchObject(clean());
+    const { reason, remedy, ...answer } = JSON.parse(child.stdout);
+    expect(reason).toBe('KEELGRAD_CUBLAS: there is no file or folder /nowhere');
+    expect(remedy).toMatch(/^install cuBLAS of CUDA 12 or 13 .* and set KEELGRAD_CUBLAS to the folder/);
+    expect(answer).toEqual({
+      available: false,
+      gpus: 1,
+      use: `device cuda:0 is not available: ${reason}; ${remedy}`,
+      train: `--device cuda: not available: ${reason}; ${remedy}`,
+      auto: 'cpu',
+    });
+  });
+
+  test('without a GPU that is recent enough is told so', async ({ skip }) => {
+    skip(runtimeInfo().cuda.devices[0].name !== 'SIMT layer', 'needs the SIMT layer');
+    const child = await run(
+      `
+      import { runtimeInfo } from '${compiled.url('native/info.js')}';
+      import { resolveDevice } from '${compiled.url('train/setup.js')}';
+      const { available, reason, remedy, devices } = runtimeInfo().cuda;
+      const attempt = (f) => { try { return f(); } catch (error) { return error.message; } };
+      const use = attempt(() => Tensor.from([1]));
+      const gpus = devices.map((gpu) => gpu.capability);
+      console.log(JSON.stringify({ available, reason, remedy, gpus, use, auto: resolveDevice('auto') }));`,
+      `${simt} KEELGRAD_SIMT_CAPABILITY=75 KEELGRAD_SIMT_OLD_DEVICES=1`,
+    );
+    expect(child).toMatchObject(clean());
+    const reason = 'old GPU has compute capability 7.5, expected 8.0 (Ampere) or later';
+    expect(JSON.parse(child.stdout)).toEqual({
+      available: false,
+      reason,
+      remedy: 'use --device cpu',
+      gpus: [75, 75],
+      use: `device cuda:0 is not available: ${reason}; use --device cpu`,
+      auto: 'cpu',
+    });
+  });
+
+  test('says what to do where the host has no page-locked memory for a copy', async ({ skip }) => {
+    skip(runtimeInfo().cuda.devices[0].name !== 'SIMT layer', 'needs the SIMT layer');
+    const child = await run(
+      `
+      const x = Tensor.empty([1 << 19]).mul(0);
+      const error = await x.data().catch((e) => e.message);
+      console.log(JSON.stringify({ error, sum: scope(() => Tensor.from([5, 6]).sum().item()) }));`,
+      `${simt} KEELGRAD_SIMT_PINNED=1`,
+    );
+    expect(child).toMatchObject(clean());
+    const { error, sum } = JSON.parse(child.stdout);
+    expect(error).toMatch(
+      /^\[copy to the host\] out of host memory: expected \d\.\d MiB of page-locked memory .*; try to end other processes/,
+    );
+    expect(sum).toBe(11);
+  });
+
   test('finds memory again, for tensors and for the workspace of products', async ({ skip }) => {
     skip(runtimeInfo().cuda.devices[0].name !== 'SIMT layer', 'needs a GPU of 128 MiB');
     const child = await run(
       `
+      import { OutOfMemoryError } from '${compiled.url('tensor/out-of-memory.js')}';
       const tensor = () => Tensor.empty([1 << 21]);
       const errors = [];
       const attempt = (f) => {
         try {
           return f();
         } catch (error) {
-          errors.push(error.message);
+          errors.push((error instanceof OutOfMemoryError ? '' : 'no OutOfMemoryError: ') + error.message);
         }
       };
       const held = [withTag('weights', tensor)];
@@ -121,7 +192,14 @@ describe.skipIf(!able)('a process with a GPU (needs one: KEELGRAD_TEST_DEVICES=c
         const a = Tensor.from(new Float32Array(64).fill(2), { shape: [8, 8] });
         return a.matmul(a).sum().item();
       });
+      const readLater = async () => {
+        const a = Tensor.from(new Float32Array(64).fill(2), { shape: [8, 8] });
+        const y = a.matmul(a);
+        await y.data().catch((error) => attempt(() => { throw error; }));
+        for (const t of [a, y]) t.dispose();
+      };
       attempt(product);
+      await readLater();
       attempt(() => scope(() => held[0].exp().exp()));
       while (held.length > 1) held.pop().dispose();
       // All of it is in the cache of the allocator, which gives it back.
@@ -134,13 +212,18 @@ describe.skipIf(!able)('a process with a GPU (needs one: KEELGRAD_TEST_DEVICES=c
     expect(answer).toMatchObject({ after: [8 * 8 * 32, 1 << 23], storages: 1 });
     expect(answer.held.weights).toBe(8 << 20);
     const held = 'held: weights 8\\.0, gradients 0\\.0, optimizer 0\\.0, cache 0\\.0, activations [\\d.]+ MiB';
-    const why = `8\\.0 MiB asked for; ${held}, by kernels as scratch [\\d.]+, in the cache for reuse [\\d.]+, kept for graphs [\\d.]+; the device has [\\d.]+ of 128\\.0 MiB left; try`;
+    const why = `${held}, by kernels as scratch [\\d.]+, in the cache for reuse [\\d.]+, kept for graphs [\\d.]+; the device has [\\d.]+ of 128\\.0 MiB left; try a smaller batch`;
+    const matmul = expect.stringMatching(
+      `^\\[matmul\\] out of memory: 32\\.0 MiB asked for as workspace of matrix products; ${why}.*` +
+        '\\(float32\\[8,8\\], float32\\[8,8\\], float32\\[8,8\\].*\\)$',
+    );
     expect(answer.errors).toEqual([
-      expect.stringMatching(`^out of memory: ${why}.*\\(for float32 \\[2097152\\] on cuda:0\\)$`),
+      expect.stringMatching(`^out of memory: 8\\.0 MiB asked for; ${why}.*\\(for float32 \\[2097152\\] on cuda:0\\)$`),
+      matmul,
+      matmul,
       expect.stringMatching(
-        /^\[matmul\] out of memory: expected 32\.0 MiB for matrix products on the GPU.*\(float32\[8,8\]/,
+        `^\\[exp\\] out of memory: 8\\.0 MiB asked for; ${why}.*\\(for float32 \\[2097152\\] on cuda:0\\)$`,
       ),
-      expect.stringMatching(`^\\[exp\\] out of memory: ${why}`),
     ]);
   });
 });

@@ -65,8 +65,9 @@ test('names are unique, and every case that is checked has a reference', () => {
   expect(checkedCases().filter((c) => !c.reference)).toEqual([]);
 });
 
-test('every kernel of the contract is reached by a case', () => {
-  for (const c of checkedCases())
+// All kernels, by small cases: those are what runs under the sanitizers and compute-sanitizer.
+test('every kernel of the contract is reached by a small case', () => {
+  for (const c of checkedCases().filter(({ size }) => size === 'small'))
     scope(() => void evaluate(c, { device: 'cpu', dtype: c.dtypes[0] }, hostInputs(c, c.dtypes[0])));
   const unreached = kernelSignatures().filter((k) => !launched.has(k.name));
   expect(unreached.map((k) => k.name)).toEqual([]);

@@ -137,10 +137,15 @@ void rowsAlone(Comparison& c, int64_t batch, int64_t M, Layout layout) {
 // cuBLAS may refuse an algorithm for a shape: another one is found, and it shows.
 void refusedAlgorithm(Comparison& c) {
   c.expect(kg::cuda::unplannedProducts() == 0, "products whose rows have an algorithm of their own");
+  // One that would need more workspace than there is.
+  run<float, float>(c, {{}, 5000, 8, 100, Layout::Rows, Layout::Columns});
+  c.expect(kg::cuda::unplannedProducts() == 1, "an algorithm without its workspace was not counted");
+  // The first that is recommended is refused.
+  run<float, float>(c, {{}, 4097, 8, 5, Layout::Columns, Layout::Columns});
   setenv("KEELGRAD_STANDIN_STRICT", "1", 1);
   run<float, float>(c, {{}, 5000, 8, 8, Layout::Rows, Layout::Columns});
   run<float, float>(c, {{}, 5000, 8, 8, Layout::Rows, Layout::Columns});
-  c.expect(kg::cuda::unplannedProducts() == 1, "a refused algorithm was not counted");
+  c.expect(kg::cuda::unplannedProducts() == 2, "a refused algorithm was not counted");
 }
 
 }  // namespace

@@ -7,6 +7,10 @@
 // conditions under which it was made is an error here, not a crash there. As the real heuristics, these recommend
 // another algorithm for another shape, and its order of summation differs; KEELGRAD_STANDIN_STRICT=1 refuses one for
 // more columns of D than it was searched for.
+//
+// The first of the results is refused where D has an odd number of columns: it must not run. Nor may one for more than
+// kGreedyRows rows of D in a product of more columns than it was searched for: AlgoCheck says that it would need more
+// workspace than there is. Every product writes NaN into the workspace that it is given, to its last byte.
 #include "cuda/cublas.h"
 
 #include <cstdlib>
@@ -55,6 +59,7 @@ struct Algorithm_ {
   uint32_t alignment[4];
   uint32_t depth;  // of a block of k
   uint32_t columns;
+  uint32_t refused;  // was a result without success: not to be run
 };
 static_assert(sizeof(Algorithm_) <= sizeof(Algorithm), "fits into the real structure");
 
@@ -66,7 +71,11 @@ struct Product {
   const void *A, *B, *C;
   void* D;
   int depth;
+  void* workspace;
+  size_t workspaceBytes;
 };
+
+constexpr int64_t kGreedyRows = 96;
 
 size_t sizeOf(DataType type) { return type == DataType::F64 ? 8 : type == DataType::F32 ? 4 : 2; }
 
@@ -147,8 +156,18 @@ void run(const Product& p) {
   }
 }
 
+// NaN over both ends of the workspace and into each of its pages: all of it would take longer than most products.
+void scribble(char* workspace, size_t bytes) {
+  constexpr size_t page = 4096;
+  for (size_t at = 0; at + page <= bytes; at += page) memset(workspace + at, 0xff, 16);
+  const size_t end = bytes < page ? bytes : page;
+  memset(workspace, 0xff, end);
+  memset(workspace + bytes - end, 0xff, end);
+}
+
 void runProduct(void* data) {
   const Product& p = *static_cast<const Product*>(data);
+  if (p.workspace) scribble(static_cast<char*>(p.workspace), p.workspaceBytes);
   if (p.a.type == DataType::F64) return run<double, double>(p);
   if (p.a.type == DataType::F32) return run<float, float>(p);
   p.d.type == DataType::F32 ? run<bf16, float>(p) : run<bf16, bf16>(p);
@@ -292,12 +311,17 @@ KG_STANDIN Status cublasLtMatmulAlgoGetHeuristic(lt::Handle handle, lt::Desc des
                          desc->epilogue,
                          {},
                          lt::depthFor(d->columns, d->batch),
-                         static_cast<uint32_t>(d->columns)};
+                         static_cast<uint32_t>(d->columns),
+                         0};
   memcpy(content.alignment, preference->alignment, sizeof content.alignment);
-  *results = {};
-  memcpy(&results->algorithm, &content, sizeof content);
-  results->state = Status::Success;
-  *found = 1;
+  for (; *found < requested && *found <= d->columns % 2; ++*found) {
+    lt::HeuristicResult& result = results[*found];
+    content.refused = *found < d->columns % 2;
+    result = {};
+    memcpy(&result.algorithm, &content, sizeof content);
+    result.workspaceBytes = preference->workspaceBytes;
+    result.state = content.refused ? Status::NotSupported : Status::Success;
+  }
   return Status::Success;
 }
 
@@ -309,7 +333,8 @@ KG_STANDIN Status cublasLtMatmulAlgoCheck(lt::Handle handle, lt::Desc desc, lt::
   const lt::Algorithm_ content = lt::contentOf(*algorithm);
   if (!lt::matches(content, *desc, *a, *d)) return Status::InvalidValue;
   if (lt::strict() && d->columns > content.columns) return Status::NotSupported;
-  result->workspaceBytes = 0;
+  const bool greedy = d->rows > lt::kGreedyRows && d->columns > content.columns;
+  result->workspaceBytes = greedy ? SIZE_MAX : 0;
   result->state = Status::Success;
   return Status::Success;
 }
@@ -325,7 +350,8 @@ KG_STANDIN Status cublasLtMatmul(lt::Handle handle, lt::Desc desc, const void* a
   if (algorithm) {
     const lt::Algorithm_ content = lt::contentOf(*algorithm);
     depth = static_cast<int>(content.depth);
-    if (!lt::matches(content, *desc, *a, *d)) return Status::InvalidValue;
+    if (!lt::matches(content, *desc, *a, *d) || content.refused) return Status::InvalidValue;
+    if (d->rows > lt::kGreedyRows && d->columns > content.columns) return Status::InvalidValue;
     const bool sound = lt::aligned(A, *a, content.alignment[0]) && lt::aligned(B, *b, content.alignment[1]) &&
                        lt::aligned(C, *c, content.alignment[2]) && lt::aligned(D, *d, content.alignment[3]);
     if (!sound) return Status::InvalidValue;
@@ -333,8 +359,20 @@ KG_STANDIN Status cublasLtMatmul(lt::Handle handle, lt::Desc desc, const void* a
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(stream, &capture);
   const bool once = capture == cudaStreamCaptureStatusNone;
-  auto* product = new lt::Product{
-      *desc, *a, *b, *c, *d, lt::scalar(alpha, desc->scale), lt::scalar(beta, desc->scale), A, B, C, D, depth};
+  auto* product = new lt::Product{*desc,
+                                  *a,
+                                  *b,
+                                  *c,
+                                  *d,
+                                  lt::scalar(alpha, desc->scale),
+                                  lt::scalar(beta, desc->scale),
+                                  A,
+                                  B,
+                                  C,
+                                  D,
+                                  depth,
+                                  workspace,
+                                  workspaceBytes};
   simtEnqueue(stream, once ? lt::runOnce : lt::runProduct, product, "cublasLtMatmul");
   return Status::Success;
 }

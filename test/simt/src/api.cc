@@ -205,7 +205,7 @@ cudaError_t cudaFree(void* memory) {
   return setError(cudaErrorInvalidValue);
 }
 cudaError_t cudaMallocHost(void** memory, size_t bytes) {
-  *memory = simt::allocatePinned(bytes);
+  *memory = bytes > simt::settings().pinned ? nullptr : simt::allocatePinned(bytes);
   return *memory ? cudaSuccess : setError(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return cudaMallocHost(memory, bytes); }

@@ -74,6 +74,7 @@ Settings read() {
   readStreams(s);
   s.protect = number("KEELGRAD_SIMT_PROTECT", 1) != 0;
   s.memory = static_cast<size_t>(number("KEELGRAD_SIMT_MEMORY", 4096)) << 20;
+  s.pinned = static_cast<size_t>(number("KEELGRAD_SIMT_PINNED", 4096)) << 20;
   s.capability = static_cast<int>(number("KEELGRAD_SIMT_CAPABILITY", s.capability));
   s.processors = static_cast<int>(number("KEELGRAD_SIMT_PROCESSORS", s.processors));
   s.oldDevices = static_cast<int>(number("KEELGRAD_SIMT_OLD_DEVICES", s.oldDevices));

@@ -16,6 +16,7 @@ struct Settings {
   bool lazy = true;     // streams run when somebody waits, not when they are given work
   bool protect = true;  // host code may not touch device memory
   size_t memory = size_t{4096} << 20;
+  size_t pinned = size_t{4096} << 20;  // at once
   int capability = 86;
   int processors = 4;
   int oldDevices = 0;  // GPUs of capability 7.5, before the one that works

@@ -412,6 +412,16 @@ const creations = (): OpCase[] => {
       }),
     ),
     opCase({
+      op: 'arange',
+      opClass: 'exact',
+      inputs: [],
+      run: (at) => arange(301, { start: -3, step: 2, dtype: at.dtype, device: at.device }),
+      reference: () => build([301], ([i]) => -3 + 2 * i),
+      dtypes: ['float32', 'float64'],
+      differentiable: false,
+      note: '301',
+    }),
+    opCase({
       op: 'fill',
       opClass: 'exact',
       inputs: [],

@@ -178,6 +178,8 @@ const big = 2048 * 1024;
 export const optimizerCases = (): OpCase[] => [
   adamwCase([[7], [2, 3], [1]], {}),
   adamwCase([[20011], [130, 131]], { step: 1, factor: 1 }, { size: 'large' }),
+  // More blocks than one of a GPU, under the sanitizers too.
+  adamwCase([[4100]], {}, { dtypes: ['float32'] }),
   adamwCase([[7], [2, 3]], { skip: 1 }, { note: 'skipped', opClass: 'exact' }),
   mixedCase(),
   adamwCase([[big]], {}, { size: 'bench', cost: { elements: 7 * big } }),
@@ -187,6 +189,7 @@ export const optimizerCases = (): OpCase[] => [
   sgdCase([[7]], { skip: 1 }, { note: 'skipped', opClass: 'exact' }),
   sgdCase([[big]], {}, { size: 'bench', cost: { elements: 5 * big } }),
   sumSquaresCase([[7], [2, 3], [1]], false),
+  sumSquaresCase([[16390]], false, { dtypes: ['float32'] }),
   sumSquaresCase([[20011], [300, 131], [5]], true, { size: 'large' }),
   sumSquaresCase([[big]], false, { size: 'bench', cost: { elements: big } }),
 ];

@@ -28,6 +28,8 @@ function rowCases(name: string): OpCase[] {
     of(input([4], -3, 3), { rows: [] }),
     of(input([2, 2, 3], -3, 3, 'transposed')),
     of(input([3, 1], -3, 3)),
+    // A thread block of a GPU for the row, under the sanitizers too.
+    of(input([1, 1030], -3, 3), { dtypes: ['float32'], differentiable: false }),
     of(input([7, 131], -20, 20, 'transposed'), { size: 'large' }),
     of(input([5, 3, 67], -20, 20, 'sliced'), { size: 'large' }),
     of(input([40, 5000], -20, 20), { size: 'large' }),
