@@ -1,12 +1,14 @@
 // Checks the packed GPU tests (pack-gpu-tests.mjs) as a machine with a GPU gets them: packs, checks the size, and calls run.sh
-// in an empty folder with nothing but a shell and Python on the PATH. A GPU is not needed: the SIMT build (build-simt.mjs) is
-// its device, and a stand-in for compute-sanitizer runs what it is given, or, for memcheck, finds something.
+// in an empty folder with nothing but a shell and Python on the PATH: every file of every stage is loaded, the quick stages
+// and the benchmark in tiny sizes run whole. A GPU is not needed: the SIMT build (build-simt.mjs) is its device, and a
+// stand-in for compute-sanitizer runs what it is given, or, for memcheck, finds something.
 import { execFileSync, spawnSync } from 'node:child_process';
 import {
   chmodSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
+  readdirSync,
   readFileSync,
   realpathSync,
   rmSync,
@@ -19,7 +21,18 @@ import { fileURLToPath } from 'node:url';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
 const simt = join(root, 'build', 'simt');
-const tools = ['sh', 'dirname', 'mkdir'];
+/** What is on the PATH; bash is what tests of whole processes start theirs with. */
+const tools = ['sh', 'bash', 'dirname', 'mkdir'];
+/** What the benchmark's tables are of. */
+const sections = [
+  'bf16 products of Qwen2.5-0.5B',
+  'attention',
+  'share of copy bandwidth',
+  'vocabulary head, forward and backward',
+  'DPO steps',
+];
+/** Stages that the SIMT layer ends in a minute. */
+const quick = ['autograd', 'runtime', 'models'];
 const sanitizer = `#!/bin/sh
 case "$*" in
   *'--tool memcheck '*) exit 99 ;;
@@ -69,6 +82,32 @@ const imitated = {
   ...(hasCublas ? { KEELGRAD_CUBLAS: simt } : {}),
 };
 
+/** Every file loads; the quick stages pass. */
+function checkStages(call) {
+  const loaded = call(['--collect'], imitated);
+  const none = /^0 passed, 0 failed, \d{4,} skipped$/m;
+  expect('every file of every stage to load', loaded.output, loaded.status === 0 && none.test(loaded.output));
+  const { status, output } = call([...quick, '--jobs', '2'], imitated);
+  expect(`${quick} to pass`, output, status === 0 && /^\d{3,} passed, 0 failed/m.test(output));
+  console.log(output.match(/^\w+ +\d+ passed.*$/gm)?.join('\n'));
+}
+
+/** Every section of the benchmark has rows, and none failed. */
+function checkBench(call, results) {
+  const { status, output } = call(['bench', '--tiny', '--no-peer'], imitated);
+  const report = readdirSync(results).find((file) => file.endsWith('-gpu.json'));
+  expect('the benchmark to run and to report', output, status === 0 && report !== undefined);
+  if (report === undefined) return;
+  const { rows } = JSON.parse(readFileSync(join(results, report), 'utf8'));
+  const measured = sections.filter((s) => rows.some((r) => r.section === s && r.name !== 'failed' && r.ours));
+  expect(`rows of ${sections.join('; ')}`, output, measured.length === sections.length);
+  expect(
+    'no row that failed',
+    output,
+    rows.every((r) => r.name !== 'failed' && r.ours),
+  );
+}
+
 function main(folder) {
   const packed = join(folder, 'packed');
   execFileSync(process.execPath, ['scripts/pack-gpu-tests.mjs', '--out', packed], { cwd: root, stdio: 'inherit' });
@@ -88,6 +127,8 @@ function main(folder) {
   expect('racecheck to pass', output, status === 0 && /^racecheck +\d{3,} passed, 0 failed/m.test(output));
   const results = JSON.parse(readFileSync(join(packed, 'results', 'results.json'), 'utf8'));
   expect('the stage among the results', JSON.stringify(results.stages), results.stages[0]?.passed > 100);
+  checkStages(call);
+  checkBench(call, join(packed, 'results'));
   const found = call(['memcheck'], imitated);
   expect('a finding to be told', found.output, found.status === 1 && /exit 99/.test(found.output));
   console.log(output.split('\n').slice(-4).join('\n').trim());

@@ -115,9 +115,9 @@ function compressedNode() {
 }
 
 const runScript = `#!/bin/sh
-# Runs the GPU tests: run.sh [stage...] [--list] [--jobs N] [--deadline SECONDS], or the benchmark: run.sh bench [...].
-# Needs python3: for unpacking, once, into KEELGRAD_UNPACK (./unpacked), and for finding a cuBLAS that came with a package of
-# its own. Results go to $OUT or ./results.
+# Runs the GPU tests: run.sh [stage...] [--list|--collect] [--jobs N] [--deadline SECONDS], or the benchmark:
+# run.sh bench [...]. Needs python3: for unpacking, once, into KEELGRAD_UNPACK (./unpacked), and for finding a cuBLAS that
+# came with a package of its own. Results go to $OUT or ./results.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 to=\${KEELGRAD_UNPACK:-$here/unpacked}

@@ -1,4 +1,4 @@
-// npm run test:gpu -- [stage...] [--device cuda] [--jobs N] [--results FOLDER] [--deadline SECONDS] [--list]
+// npm run test:gpu -- [stage...] [--device cuda] [--jobs N] [--results FOLDER] [--deadline SECONDS] [--list|--collect]
 // The GPU tests on this machine: exactly what a packed folder runs elsewhere (pack-gpu-tests.mjs), from this checkout.
 // With `bench` as the first argument the GPU benchmark (`npm run bench:gpu`), into bench/results. KEELGRAD_ADDON names another addon.
 import { spawnSync } from 'node:child_process';

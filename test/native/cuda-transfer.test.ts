@@ -62,7 +62,7 @@ describe.skipIf(!device)('between devices (needs a GPU: KEELGRAD_TEST_DEVICES=cu
 
   test('a differentiated tensor does not', () => {
     scope(() => {
-      const x = Tensor.from([1, 2]);
+      const x = Tensor.from([1, 2], { device: 'cpu' });
       expect(() => grad((t: Tensor) => to(t, { device: there }).sum())(x)).toThrow('[to]');
     });
   });

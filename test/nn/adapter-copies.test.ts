@@ -1,5 +1,5 @@
 // Copies of adapters: made once, again after a write and only then; for a model's own adapters alone.
-import { describe, expect, test, vi } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import '../../src/ops/methods.js';
 import { vjp } from '../../src/autograd/transforms.js';
 import { AdapterCopies } from '../../src/nn/adapter-copies.js';
@@ -9,16 +9,9 @@ import type { DType } from '../../src/tensor/dtype.js';
 import { scope } from '../../src/tensor/scope.js';
 import { memory } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
+import { recordLaunches } from '../support/launches.js';
 
-const { launched } = vi.hoisted(() => ({ launched: [] as string[] }));
-vi.mock('../../src/native/launch.js', async (original) => {
-  const real = await original<typeof import('../../src/native/launch.js')>();
-  const launch: typeof real.launch = (kernel, ...rest) => {
-    launched.push(kernel);
-    real.launch(kernel, ...rest);
-  };
-  return { ...real, launch };
-});
+const launched = recordLaunches();
 
 const of = (dtype: DType, salt: number, ...shape: number[]): Tensor =>
   Tensor.from(
@@ -88,12 +81,12 @@ describe.each(['bfloat16', 'float32'] as const)('copies for %s', (dtype) => {
   test('leave nothing behind', () => {
     scope(() => {
       const group = [adapter(1, 4)];
-      const before = memory('cpu');
+      const before = memory();
       const copies = new AdapterCopies([group], dtype);
       scope(() => void copies.of(group));
-      expect(memory('cpu').storages - before.storages).toBe(dtype === 'bfloat16' ? 2 : 0);
+      expect(memory().storages - before.storages).toBe(dtype === 'bfloat16' ? 2 : 0);
       copies.dispose();
-      expect(memory('cpu').allocated).toBe(before.allocated);
+      expect(memory().allocated).toBe(before.allocated);
     });
   });
 });

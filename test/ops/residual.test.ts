@@ -1,21 +1,14 @@
 // The residual stream's gradients: addRmsNorm adds them in its own backward kernel, and keeps neither of its terms.
-import { expect, test, vi } from 'vitest';
+import { expect, test } from 'vitest';
 import '../../src/ops/methods.js';
 import { vjp } from '../../src/autograd/transforms.js';
 import { addRmsNorm } from '../../src/ops/transformer.js';
 import { scope } from '../../src/tensor/scope.js';
 import { memory } from '../../src/tensor/storage.js';
 import { Tensor } from '../../src/tensor/tensor.js';
+import { recordLaunches } from '../support/launches.js';
 
-const { launched } = vi.hoisted(() => ({ launched: [] as string[] }));
-vi.mock('../../src/native/launch.js', async (original) => {
-  const real = await original<typeof import('../../src/native/launch.js')>();
-  const launch: typeof real.launch = (kernel, ...rest) => {
-    launched.push(kernel);
-    real.launch(kernel, ...rest);
-  };
-  return { ...real, launch };
-});
+const launched = recordLaunches();
 
 const [rows, width] = [6, 5];
 const of = (...shape: number[]): Tensor =>
@@ -56,9 +49,9 @@ test('neither term is kept for backward', () => {
     const weight = of(width);
     let held = 0;
     const f = (x: Tensor): Tensor => {
-      const before = memory('cpu').allocated;
+      const before = memory().allocated;
       const [sum, normed] = scope(() => addRmsNorm(x.mul(2), x.mul(3), weight, 1e-5));
-      held = memory('cpu').allocated - before;
+      held = memory().allocated - before;
       return sum.mul(normed);
     };
     vjp(f, [of(rows, width)], of(rows, width));

@@ -6,6 +6,7 @@ import { BUILD_TIMEOUT, describeOnSimt, run, simtBuild } from './support.js';
 
 describeOnSimt('rows on a CUDA device', { KEELGRAD_DIRECT_ALLOCATION: '0', KEELGRAD_SIMT_PROTECT: '0' }, async () => {
   await import('../ops/determinism.test.js');
+  await import('../ops/neighbours.test.js');
   await import('../ops/sequence-gradient.test.js');
   await import('../gpu/rows.test.js');
 

@@ -1,4 +1,4 @@
-// The sources compiled to JavaScript once per test file, for tests that start processes and worker threads of their own.
+// The sources compiled to JavaScript once per test file, or as they were packed, for tests that start processes and worker threads of their own.
 import { execFileSync, spawn } from 'node:child_process';
 import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { join, resolve } from 'node:path';
@@ -14,29 +14,30 @@ export interface Finished {
   stderr: string;
 }
 
+/** The sources as JavaScript, where the tests run from a packed folder (scripts/pack-gpu-tests.mjs). */
+const packed = join(root, 'src');
+const isPacked = existsSync(join(packed, 'tensor', 'tensor.js'));
+
+/** Compiles the sources into `folder`. */
+function compile(folder: string): void {
+  try {
+    const plain = ['--incremental', 'false', '--tsBuildInfoFile', 'null'];
+    const noTypes = ['--declaration', 'false', '--declarationDir', 'null'];
+    const args = ['-p', 'tsconfig.build.json', '--outDir', folder, ...plain, ...noTypes];
+    execFileSync(join(root, 'node_modules', '.bin', 'tsc'), args, { cwd: root });
+  } catch (error) {
+    // Type errors are another check's business; without output there is nothing to run.
+    if (!existsSync(join(folder, 'tensor', 'tensor.js'))) throw error;
+  }
+}
+
 export class Compiled {
   private readonly folder: string;
 
   constructor() {
     // Inside of the project, so that node finds its packages; build/ is not under version control.
-    this.folder = mkdtempSync(join(root, 'build', 'test-'));
-    try {
-      const plain = [
-        '--incremental',
-        'false',
-        '--tsBuildInfoFile',
-        'null',
-        '--declaration',
-        'false',
-        '--declarationDir',
-        'null',
-      ];
-      const args = ['-p', 'tsconfig.build.json', '--outDir', this.folder, ...plain];
-      execFileSync(join(root, 'node_modules', '.bin', 'tsc'), args, { cwd: root });
-    } catch (error) {
-      // Type errors are another check's business; without output there is nothing to run.
-      if (!existsSync(join(this.folder, 'tensor', 'tensor.js'))) throw error;
-    }
+    this.folder = isPacked ? packed : mkdtempSync(join(root, 'build', 'test-'));
+    if (!isPacked) compile(this.folder);
   }
 
   /** The URL of a compiled module of src/. */
@@ -76,6 +77,6 @@ export class Compiled {
   }
 
   dispose(): void {
-    rmSync(this.folder, { recursive: true, force: true });
+    if (!isPacked) rmSync(this.folder, { recursive: true, force: true });
   }
 }

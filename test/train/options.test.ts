@@ -1,10 +1,7 @@
 // The option table against the documented names and defaults, and every refusal with its reason and way out.
-
-import { readFileSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
 import { assets } from '../../src/demo/settings.js';
 import { KeelgradError } from '../../src/errors.js';
-import { lossFacts, preferenceLossNames } from '../../src/objectives/preference/facts.js';
 import {
   describeOptions,
   flagNaming,
@@ -859,30 +856,4 @@ it('describes every option', () => {
   for (const method of methods) {
     for (const key of optionsOf(method)) expect(specOf(key).help, key).toMatch(/^\S.{2,}[^.]$/);
   }
-});
-
-describe('docs/losses.md', () => {
-  const page = readFileSync(new URL('../../docs/losses.md', import.meta.url), 'utf8');
-  const rows = new Map(
-    page.split('\n').flatMap((line) => [...(/^\| `(\w+)`/.exec(line)?.slice(1) ?? [])].map((name) => [name, line])),
-  );
-
-  it('has a row for every loss, with its options and whether it needs a reference', () => {
-    expect([...rows.keys()]).toEqual(preferenceLossNames);
-    for (const name of preferenceLossNames) {
-      const row = rows.get(name)!;
-      const { uses = [], needsReference, referenceFree: free } = lossFacts[name];
-      if (!row.includes('| the same | ')) for (const key of uses) expect(row, name).toContain(flagNaming.option(key));
-      expect(row.includes('| yes |'), name).toBe(needsReference !== undefined);
-      expect(row.includes('| has none'), name).toBe(free === true);
-    }
-  });
-
-  it('names every option of the group and no other', () => {
-    const flags = new Set(page.match(/--[a-z][a-z-]+[a-z]/g));
-    for (const key of optionsOf('dpo').filter((one) => specOf(one).group === 'Parameters of losses'))
-      expect(flags, key).toContain(flagNaming.option(key));
-    const known = [...optionsOf('dpo'), ...optionsOf('sft')].map(flagNaming.option);
-    expect([...flags].filter((flag) => !known.includes(flag))).toEqual([]);
-  });
 });

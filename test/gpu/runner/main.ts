@@ -1,6 +1,7 @@
 // Runs the stages of stages.mjs on one device, a process a file, and reports: a line a stage, the tests that failed, one
 // line for all, and results.json with everything. `npm run test:gpu` and run.sh of a packed folder end here.
-//   main.js [stage...] [--device cuda] [--jobs N] [--results FOLDER] [--deadline SECONDS] [--list]
+//   main.js [stage...] [--device cuda] [--jobs N] [--results FOLDER] [--deadline SECONDS] [--list] [--collect]
+// --collect: each file is loaded and its tests counted as skipped; none runs. A file that does not load, or has no test, fails.
 import { spawn, spawnSync } from 'node:child_process';
 import { closeSync, existsSync, mkdirSync, openSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
@@ -38,6 +39,7 @@ const { values: options, positionals } = parseArgs({
     results: { type: 'string', default: 'results' },
     deadline: { type: 'string', default: 'Infinity' },
     list: { type: 'boolean', default: false },
+    collect: { type: 'boolean', default: false },
   },
 });
 const results = resolve(options.results);
@@ -117,7 +119,8 @@ async function runPiece(stage: PackedStage, piece: Piece): Promise<FileResult> {
   rmSync(answer, { force: true });
   const worker = [process.execPath, join(import.meta.dirname, 'worker.js'), piece.file, answer];
   const command = stage.sanitizer ? [...sanitizing(stage.sanitizer), ...worker] : worker;
-  const names = stage.skip && { KEELGRAD_TEST_NAMES: `^(?!.*(${stage.skip.join('|')}))` };
+  const skip = options.collect ? [''] : stage.skip;
+  const names = skip && { KEELGRAD_TEST_NAMES: `^(?!.*(${skip.join('|')}))` };
   const part = piece.part && { KEELGRAD_TEST_PART: piece.part };
   const env = { ...process.env, KEELGRAD_TEST_DEVICES: options.device, ...names, ...part, ...stage.env };
   const start = seconds();
@@ -127,6 +130,7 @@ async function runPiece(stage: PackedStage, piece: Piece): Promise<FileResult> {
     ? JSON.parse(readFileSync(answer, 'utf8'))
     : { tests: [], errors: ['the process left no results'] };
   const errors = [...record.errors, ...(code === 0 ? [] : [`exit ${code}\n${lastLines(log, 20)}`])];
+  if (errors.length + record.tests.length === 0) errors.push('no test is in it');
   return { file, seconds: took, tests: record.tests, errors };
 }
 
@@ -195,7 +199,9 @@ function chosen(): PackedStage[] {
   const all: PackedStage[] = JSON.parse(readFileSync(join(app, 'stages.json'), 'utf8'));
   const unknown = positionals.find((name) => !all.some((s) => s.name === name));
   if (unknown) throw new Error(`expected stages out of ${all.map((s) => s.name).join(', ')}, found ${unknown}`);
-  return positionals.length > 0 ? all.filter((s) => positionals.includes(s.name)) : all;
+  const list = positionals.length > 0 ? all.filter((s) => positionals.includes(s.name)) : all;
+  // Loading needs neither a checker nor parts.
+  return options.collect ? list.map((s) => ({ ...s, sanitizer: undefined, parts: undefined })) : list;
 }
 
 async function main(): Promise<number> {

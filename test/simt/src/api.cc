@@ -194,23 +194,27 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaDeviceReset() { return cudaDeviceSynchronize(); }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  simt::waits("cudaMalloc");
   *memory = bytes ? simt::allocateDevice(bytes) : nullptr;
   return *memory || bytes == 0 ? cudaSuccess : setError(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFree(void* memory) {
   if (!memory) return cudaSuccess;
+  simt::waits("cudaFree");
   simt::synchronizeDevice();
   if (simt::freeDevice(memory)) return cudaSuccess;
   simt::remark("cudaFree of %p, which is no allocation", memory);
   return setError(cudaErrorInvalidValue);
 }
 cudaError_t cudaMallocHost(void** memory, size_t bytes) {
+  simt::waits("cudaMallocHost");
   *memory = bytes > simt::settings().pinned ? nullptr : simt::allocatePinned(bytes);
   return *memory ? cudaSuccess : setError(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return cudaMallocHost(memory, bytes); }
 cudaError_t cudaFreeHost(void* memory) {
   if (!memory) return cudaSuccess;
+  simt::waits("cudaFreeHost");
   simt::synchronizeDevice();
   return simt::freePinned(memory) ? cudaSuccess : setError(cudaErrorInvalidValue);
 }
@@ -233,6 +237,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   }
   const bool known = simt::enqueue(stream, simt::deviceWork([=] { memmove(to, from, bytes); }));
   const bool pageableTarget = !simt::inDeviceRange(to) && !simt::isPinned(to);
+  if (pageableTarget) simt::waits("cudaMemcpyAsync to pageable memory");
   return simt::enqueued(known && (!pageableTarget || simt::synchronizeStream(stream)));
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {

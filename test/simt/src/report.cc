@@ -18,6 +18,7 @@
 #include "block.h"
 #include "fiber.h"
 #include "memory.h"
+#include "settings.h"
 
 namespace simt {
 namespace {
@@ -143,6 +144,11 @@ void finding(const char* text, ...) {
   write("simt: " + format(text, arguments) + whereNow() + "\n");
   va_end(arguments);
   abort();
+}
+
+void waits(const char* call) {
+  if (!settings().waits) return;
+  std::ofstream(settings().waits, std::ios::app) << call << std::endl;
 }
 
 std::string functionName(const void* address) {

@@ -78,6 +78,7 @@ Settings read() {
   s.capability = static_cast<int>(number("KEELGRAD_SIMT_CAPABILITY", s.capability));
   s.processors = static_cast<int>(number("KEELGRAD_SIMT_PROCESSORS", s.processors));
   s.oldDevices = static_cast<int>(number("KEELGRAD_SIMT_OLD_DEVICES", s.oldDevices));
+  if (const char* file = variable("KEELGRAD_SIMT_WAITS")) s.waits = strdup(file);
   return s;
 }
 

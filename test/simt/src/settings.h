@@ -19,7 +19,8 @@ struct Settings {
   size_t pinned = size_t{4096} << 20;  // at once
   int capability = 86;
   int processors = 4;
-  int oldDevices = 0;  // GPUs of capability 7.5, before the one that works
+  int oldDevices = 0;           // GPUs of capability 7.5, before the one that works
+  const char* waits = nullptr;  // file for the calls for which a host waits
 };
 const Settings& settings();
 

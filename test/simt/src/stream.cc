@@ -1,5 +1,8 @@
 #include "stream.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -244,6 +247,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, i
   return cudaStreamCreateWithFlags(stream, flags);
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  simt::waits("cudaStreamDestroy");
   if (!stream || !simt::synchronizeStream(stream)) return setError(cudaErrorInvalidResourceHandle);
   Lock lock(queues().state);
   queues().streams.erase(stream);
@@ -251,6 +255,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  simt::waits("cudaStreamSynchronize");
   if (isStream(stream) && breaksCapture(stream)) return setError(cudaErrorStreamCaptureUnsupported);
   return simt::synchronizeStream(stream) ? cudaSuccess : setError(cudaErrorInvalidResourceHandle);
 }
@@ -272,6 +277,7 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
+  simt::waits("cudaDeviceSynchronize");
   simt::synchronizeDevice();
   return cudaSuccess;
 }
@@ -313,6 +319,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  // Other threads are there to wait for events.
+  if (syscall(SYS_gettid) == getpid()) simt::waits("cudaEventSynchronize");
   if (!isEvent(event)) return setError(cudaErrorInvalidResourceHandle);
   auto mark = markOf(event);
   if (mark && !simt::isDone(*mark)) simt::runUpTo(mark->stream, mark->position);
