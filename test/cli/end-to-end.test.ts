@@ -105,6 +105,7 @@ const ofSpo = [
   'spo/regularizer',
 ];
 const ofSequences = ['grad_cosine', 'grad_norm/chosen', 'grad_norm/rejected', 'spo/active_fraction'];
+const ofBackbone = ['spo/share_c', 'spo/term_c'];
 const ofRegularizer = ['spo/share_e_phi', 'spo/term_e_phi'];
 
 const names = (...lists: string[][]): string[] => lists.flat().sort();
@@ -120,7 +121,7 @@ describe('what a run leaves', () => {
       'spo',
       [],
       ['adapter', 'model'],
-      names(everyStep, machine, ['learning_rate'], ofPairs, ofLevels, ofSpo, ofSequences),
+      names(everyStep, machine, ['learning_rate'], ofPairs, ofLevels, ofSpo, ofBackbone, ofSequences),
     ],
     [
       'spo',

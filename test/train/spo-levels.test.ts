@@ -338,7 +338,8 @@ describeWithShared('metrics of a step', GOLDEN_SPO, () => {
     for (const parts of [[[0, 1, 2, 3]], [[0, 1, 2], [3]]]) {
       const without = (await evaluate(given, 'float64', parts)).metrics;
       for (const regularizerMethod of ['exact', 'finite-differences'] as const) {
-        const tiny = (await evaluate({ ...given, gamma: 1e-12, regularizerMethod }, 'float64', parts)).metrics;
+        const withNorms = { ...given, gamma: 1e-12, regularizerMethod, termNorms: true };
+        const tiny = (await evaluate(withNorms, 'float64', parts)).metrics;
         expect(Object.keys(tiny).filter((name) => !ofNorms.includes(name) && !name.includes('_e'))).toEqual(
           Object.keys(without).filter((name) => !ofNorms.includes(name)),
         );
