@@ -35,6 +35,15 @@ const alive = (pid: number): boolean => {
   }
 };
 
+/** Who holds a lock; 0 where it was let go of, or is not written down yet. */
+function ownerOf(lock: string): number {
+  try {
+    return Number(readFileSync(join(lock, 'pid'), 'utf8'));
+  } catch {
+    return 0;
+  }
+}
+
 /** Runs `f` while no other process of this checkout does. */
 async function exclusively<T>(lock: string, f: () => Promise<T>): Promise<T> {
   for (;;) {
@@ -43,7 +52,7 @@ async function exclusively<T>(lock: string, f: () => Promise<T>): Promise<T> {
       break;
     } catch {
       await sleep(200);
-      const owner = Number(readFileSync(join(lock, 'pid'), { encoding: 'utf8', flag: 'a+' }));
+      const owner = ownerOf(lock);
       if (owner > 0 && !alive(owner)) rmSync(lock, { recursive: true, force: true });
     }
   }
