@@ -105,14 +105,16 @@ void enqueue(const Call& call, const Forward<T>& p) {
          forwardGeneralKernel<T, Tile, Columns>, p);
 }
 
-// Two tiles of rows and a square of scores within 99 KiB.
+// Two tiles of rows and a square of scores within 99 KiB. float64, for checks of gradients, has one kernel for all D:
+// it need not be fast, and kernels take long to compile.
 template <class T>
 void forwardFor(const Call& call, const Forward<T>& p) {
-  constexpr int kSize = sizeof(compute_t<T>);
-  const int bytes = p.heads.D * kSize;
-  if (bytes <= 512) return enqueue<T, 64, 512 / kSize / kSide>(call, p);
-  if (bytes <= 1024) return enqueue<T, 32, 1024 / kSize / kSide>(call, p);
-  if constexpr (kSize == 8) enqueue<T, 16, 2048 / kSize / kSide>(call, p);
+  if constexpr (sizeof(compute_t<T>) == 8) {
+    enqueue<T, 16, 256 / kSide>(call, p);
+  } else {
+    if (p.heads.D <= 128) return enqueue<T, 64, 128 / kSide>(call, p);
+    enqueue<T, 32, 256 / kSide>(call, p);
+  }
 }
 
 }  // namespace

@@ -179,13 +179,13 @@ void enqueue(const Call& call, const Backward<T>& p) {
   launch(call, {gridOf(slots * p.heads.key), kGeneralThreads, bytes}, keysGeneralKernel<T, Tile, Columns>, on);
 }
 
-// Three tiles of rows and a square of scores within 99 KiB.
+// Three tiles of rows and a square of scores within 99 KiB. float64 has one kernel for all D (attention_general.cu).
 template <class T>
 void backwardFor(const Call& call, const Backward<T>& p) {
-  constexpr int kSize = sizeof(compute_t<T>);
-  const int bytes = p.heads.D * kSize;
-  if (bytes <= 256) return enqueue<T, 64, 256 / kSize / kSide>(call, p);
-  if (bytes <= 512) return enqueue<T, 32, 512 / kSize / kSide>(call, p);
+  if constexpr (sizeof(compute_t<T>) == 4) {
+    if (p.heads.D <= 64) return enqueue<T, 64, 64 / kSide>(call, p);
+    if (p.heads.D <= 128) return enqueue<T, 32, 128 / kSide>(call, p);
+  }
   enqueue<T, 16, 256 / kSide>(call, p);
 }
 

@@ -363,17 +363,15 @@ void enqueue(const Call& call, Tangent<T> p) {
          keysTangentKernel<T, Tile, Columns>, p);
 }
 
-// Five tiles of rows and a square within 99 KiB, but for float64 beyond 128.
+// Five tiles of rows and a square within 99 KiB, but for float64, which has one kernel for all D
+// (attention_general.cu).
 template <class T>
 void tangentFor(const Call& call, const Tangent<T>& p) {
-  constexpr int kSize = sizeof(compute_t<T>);
-  const int bytes = p.b.heads.D * kSize;
-  if constexpr (kSize == 4) {
-    if (bytes <= 256) return enqueue<T, 64, 256 / kSize / kSide>(call, p);
+  if constexpr (sizeof(compute_t<T>) == 4) {
+    if (p.b.heads.D <= 64) return enqueue<T, 64, 64 / kSide>(call, p);
+    if (p.b.heads.D <= 128) return enqueue<T, 32, 128 / kSide>(call, p);
   }
-  if (bytes <= 512) return enqueue<T, 32, 512 / kSize / kSide>(call, p);
-  if (bytes <= 1024) return enqueue<T, 16, 1024 / kSize / kSide>(call, p);
-  if constexpr (kSize == 8) enqueue<T, 16, 2048 / kSize / kSide>(call, p);
+  enqueue<T, 16, 256 / kSide>(call, p);
 }
 
 template <class T>
