@@ -90,8 +90,8 @@ endif()
 
 set(KG_CUDA ON)
 
-# Machine code for every kind of GPU that nvcc knows, and PTX for those to come. All share the PTX of compute_80, whose
-# making takes as long as machine code of two: no kernel asks what it is compiled for.
+# Machine code for every kind of GPU that nvcc knows, and PTX for those to come. All but sm_90a, which takes only its own,
+# share the PTX of compute_80: making one takes as long as machine code for a GPU, and no kernel asks what it runs on.
 set(KG_CUDA_CODES sm_80 sm_86 sm_89)
 set(KG_CUDA_NAMES "sm_80 sm_86 sm_89 sm_90a")
 if(NOT KG_NVCC_VERSION VERSION_LESS 12.8)

@@ -9,6 +9,8 @@
 
 namespace kg::cuda::attention {
 
+// Backward's kernels ask for one block a multiprocessor (KG_LAUNCH_BOUNDS): their tiles leave room for few more, and
+// with more in view ptxas spills registers.
 constexpr int kSide = 16, kGeneralThreads = kSide * kSide;
 
 KG_DEVICE int threadRow() { return static_cast<int>(threadIdx.x) / kSide; }
